@@ -1,0 +1,490 @@
+"""The rollout buffer: rows of vec-steps, cut into complete episodes."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import BaseBuffer
+
+from sb3_episodic_a2c.returns import discounted_returns
+from sb3_episodic_a2c.type_aliases import EpisodicRolloutBufferSamples
+
+
+class EpisodeSegment(NamedTuple):
+    """A complete episode: the rows ``first_row`` (included) to ``end_row`` (excluded) of the column ``env_index``."""
+
+    env_index: int
+    first_row: int
+    end_row: int
+    terminal_value: float
+    """Value of the state after the last step, in reward units: 0 unless a time limit cut the episode."""
+
+
+class EpisodicRolloutBuffer(BaseBuffer):
+    """
+    Rollout buffer whose unit is the complete episode.
+
+    Collecting writes one row a vec-step into arrays ``(capacity, n_envs, ...)``, which grow by doubling and are
+    reused. An episode is a column segment of these rows, closed when its environment reports ``done``. Once enough
+    episodes are complete, :meth:`finish_rollout` puts them on offer until the next :meth:`start_rollout`; episodes still
+    running stay in their rows.
+
+    While episodes are on offer (``full``), the buffer reads as SB3's ``RolloutBuffer`` of ``pos`` steps of ONE environment,
+    the episodes one behind the other: ``observations`` ``(pos, 1, *obs_shape)``, ``actions`` ``(pos, 1, action_dim)``,
+    and ``rewards``, ``episode_starts``, ``returns``, ``values``, ``log_probs``, ``advantages`` ``(pos, 1)``. All but
+    ``returns`` are copies made on access. ``returns``, ``values`` and ``advantages`` are in the units that are trained on.
+
+    :param buffer_size: Number of rows (vec-steps) to start with
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param device: PyTorch device the samples are put on
+    :param n_envs: Number of parallel environments
+    """
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        device: th.device | str = "auto",
+        n_envs: int = 1,
+    ) -> None:
+        if buffer_size < 1:
+            raise ValueError(
+                f"`buffer_size` must be a positive number of rows, got {buffer_size}. It grows by itself: try 128."
+            )
+        super().__init__(buffer_size, observation_space, action_space, device, n_envs=n_envs)
+        # Allocated at the first row, with types that hold what really arrives: VecNormalize turns integers into floats
+        self._rows: dict[str, np.ndarray] = {}
+        self._views: dict[str, np.ndarray] = {}
+        self._n_policy_inputs = 0
+        self._is_dict = isinstance(observation_space, spaces.Dict)
+        self.reset()
+
+    # ------------------------------------------------------------------ collecting
+
+    def reset(self) -> None:
+        """Forget everything: the environments have been reset, or are about to be."""
+        super().reset()
+        self._row = 0
+        self._rollout_first_row = 0
+        self._first_rows = np.zeros(self.n_envs, dtype=np.int64)
+        self._is_wanted = np.ones(self.n_envs, dtype=bool)
+        self._all_wanted = True
+        self._n_started = self.n_envs
+        self.drop_episodes()
+
+    def drop_episodes(self) -> None:
+        """Forget the complete episodes, used or not, and keep those still running."""
+        self.episodes: list[EpisodeSegment] = []
+        self.pos = 0
+        self.full = False
+        self.returns = np.zeros((0, 1), dtype=np.float32)
+        self._indices = np.zeros(0, dtype=np.int64)
+        self._evaluations: tuple[np.ndarray, np.ndarray] | None = None
+        self._evaluate: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
+
+    def start_rollout(self) -> None:
+        """
+        Drop the episodes that were on offer, and keep those still running.
+
+        A rollout goes on that was interrupted or had nothing to offer: the policy is still the same.
+        """
+        if self.pos == 0:
+            self.full = False
+            return
+        self.drop_episodes()
+        if (self._first_rows == self._row).all():
+            # Nobody is in the middle of an episode: start again at the top
+            self._row = 0
+            self._first_rows[:] = 0
+        self._rollout_first_row = self._row
+
+    def add(
+        self,
+        observations: np.ndarray | dict[str, np.ndarray],
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        policy_inputs: dict[str, np.ndarray],
+    ) -> None:
+        """
+        Write one row: a step of every environment.
+
+        :param observations: ``(n_envs, *obs_shape)``, or a dict of such arrays: what the actions were chosen for
+        :param actions: ``(n_envs, *action_shape)`` as sampled, i.e. neither clipped nor unscaled
+        :param rewards: ``(n_envs,)``
+        :param policy_inputs: What the policy was given beside the observation, ``(n_envs, ...)`` each
+        """
+        row = self._row
+        if row == 0 or row == self.buffer_size or not self._views:
+            if row == 0:
+                self._allocate(observations, actions, policy_inputs)
+            elif row == self.buffer_size:
+                self._make_room()
+                row = self._row
+            self._view_rows(observations, actions)
+        views = self._views
+        if len(policy_inputs) != self._n_policy_inputs:
+            raise ValueError(
+                f"The policy was given {sorted(policy_inputs)} beside the observation, but {self._keys('policy_inputs')} at "
+                "the steps before, of which episodes are still running. Change `use_masking` between two trainings only: call "
+                "`learn` with reset_num_timesteps=True, which starts fresh episodes."
+            )
+        if self._is_dict:
+            for key, observation in observations.items():  # type: ignore[union-attr]
+                views[f"observations/{key}"][row] = observation
+        else:
+            views["observations"][row] = observations
+        views["actions"][row] = actions
+        views["rewards"][row] = rewards
+        for name, policy_input in policy_inputs.items():
+            views[f"policy_inputs/{name}"][row] = policy_input
+        self._row = row + 1
+
+    def close_episodes(
+        self, env_indices: np.ndarray, terminal_values: np.ndarray, max_started_episodes: int | None = None
+    ) -> None:
+        """
+        The last row ended the episodes of these environments.
+
+        :param env_indices: ``(n_finished,)`` their columns
+        :param terminal_values: ``(n_finished,)`` value of the state after the last step, in reward units; 0 if terminated
+        :param max_started_episodes: If given, only that many episodes, in the order in which they STARTED since the last
+            :meth:`reset`, are kept. Taking those that FINISH first instead would favour short ones.
+        """
+        for env_index, terminal_value in zip(env_indices.tolist(), terminal_values.tolist(), strict=True):
+            if self._is_wanted[env_index]:
+                first_row = int(self._first_rows[env_index])
+                self.episodes.append(EpisodeSegment(env_index, first_row, self._row, terminal_value))
+            self._is_wanted[env_index] = max_started_episodes is None or self._n_started < max_started_episodes
+            self._n_started += 1
+            self._first_rows[env_index] = self._row
+        self._all_wanted = bool(self._is_wanted.all())
+
+    def _allocate(
+        self,
+        observations: np.ndarray | dict[str, np.ndarray],
+        actions: np.ndarray,
+        policy_inputs: dict[str, np.ndarray],
+    ) -> None:
+        """Make the arrays that are missing, or of a type that another environment has made too narrow."""
+
+        def allocate(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+            if name not in self._rows or self._rows[name].dtype != dtype:
+                self._rows[name] = np.empty((self.buffer_size, self.n_envs, *shape), dtype=dtype)
+
+        for name in [name for name in self._rows if name.startswith("policy_inputs/")]:
+            if name.removeprefix("policy_inputs/") not in policy_inputs:
+                # Masks, say, that are not used any more
+                del self._rows[name]
+        # SubprocVecEnv passes on what an environment returns, which may be an integer now and a float later
+        if isinstance(observations, dict):
+            for key, observation in observations.items():
+                dtype = np.promote_types(observation.dtype, self.observation_space[key].dtype)  # type: ignore[index]
+                allocate(f"observations/{key}", self.obs_shape[key], dtype)  # type: ignore[call-overload]
+        else:
+            dtype = np.promote_types(observations.dtype, self.observation_space.dtype)  # type: ignore[arg-type]  # not None
+            allocate("observations", self.obs_shape, dtype)
+        allocate("actions", (self.action_dim,), actions.dtype)
+        allocate("rewards", (), np.dtype(np.float32))
+        for name, policy_input in policy_inputs.items():
+            allocate(f"policy_inputs/{name}", policy_input.shape[1:], policy_input.dtype)
+        self._n_policy_inputs = len(policy_inputs)
+
+    def _view_rows(self, observations: np.ndarray | dict[str, np.ndarray], actions: np.ndarray) -> None:
+        """Views of the rows in the shapes that arrive (discrete actions, say, have no last axis), so that no step reshapes."""
+        arrived = {"actions": actions.shape}
+        if isinstance(observations, dict):
+            arrived.update({f"observations/{key}": observation.shape for key, observation in observations.items()})
+        else:
+            arrived["observations"] = observations.shape
+        self._views = {
+            name: array.reshape(len(array), *arrived[name]) if name in arrived else array for name, array in self._rows.items()
+        }
+
+    def _make_room(self) -> None:
+        """
+        Move the rows that are still needed to the front, into arrays of twice the size where more than half are.
+
+        The cost of a row stays constant on average, however long an episode or the wait for one.
+        """
+        first_rows = np.where(self._is_wanted, self._first_rows, self._row)
+        first_row = min(int(first_rows.min()), *(episode.first_row for episode in self.episodes), self._row)
+        n_kept = self._row - first_row
+        if n_kept > self.buffer_size // 2:
+            self.buffer_size *= 2
+        for name, array in self._rows.items():
+            kept = array[first_row : self._row]
+            if len(array) < self.buffer_size:
+                array = self._rows[name] = np.empty((self.buffer_size, *array.shape[1:]), dtype=array.dtype)
+            # At most half of the rows are kept in place, so the two ranges do not overlap
+            array[:n_kept] = kept
+        self._row = n_kept
+        self._rollout_first_row -= first_row
+        self._first_rows -= first_row
+        self.episodes = [
+            episode._replace(first_row=episode.first_row - first_row, end_row=episode.end_row - first_row)
+            for episode in self.episodes
+        ]
+
+    # ------------------------------------------------------------------ offering
+
+    def is_complete(self, n_wanted_episodes: int, max_started_episodes: int | None = None) -> bool:
+        """
+        Whether a rollout has what it wants.
+
+        :param n_wanted_episodes: Number of complete episodes
+        :param max_started_episodes: As for :meth:`close_episodes`. If given, all those started first must be complete
+        """
+        if max_started_episodes is None:
+            return self.n_episodes >= n_wanted_episodes
+        return not self._is_wanted.any()
+
+    def of_wanted(self, infos: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """
+        What the environments say whose running episode will be used. Of the others only short ones get to their end.
+
+        :param infos: The infos of all environments
+        :return: The same, empty for those whose episode will not be used
+        """
+        if self._all_wanted:
+            return infos
+        return [info if is_wanted else {} for info, is_wanted in zip(infos, self._is_wanted.tolist(), strict=True)]
+
+    @property
+    def n_episodes(self) -> int:
+        """Number of complete episodes."""
+        return len(self.episodes)
+
+    @property
+    def running_steps(self) -> np.ndarray:
+        """``(n_envs,)`` int64: number of steps of the running episodes so far."""
+        return self._row - self._first_rows
+
+    @property
+    def episode_lengths(self) -> np.ndarray:
+        """``(n_episodes,)`` int64: number of transitions of each complete episode."""
+        return np.array([episode.end_row - episode.first_row for episode in self.episodes], dtype=np.int64)
+
+    @property
+    def stale_fraction(self) -> float:
+        """Share of the transitions on offer that were collected before this rollout, so by an older policy."""
+        n_stale = sum(max(0, min(episode.end_row, self._rollout_first_row) - episode.first_row) for episode in self.episodes)
+        return n_stale / max(self.pos, 1)
+
+    @property
+    def unused_fraction(self) -> float:
+        """Share of the env steps of this rollout that are not on offer."""
+        n_collected = (self._row - self._rollout_first_row) * self.n_envs
+        # An episode that a budget cut in two is counted where it ends
+        return max(0.0, 1.0 - self.pos / max(n_collected, 1))
+
+    def compute_returns(self, gamma: float) -> np.ndarray:
+        """
+        Discounted Monte Carlo returns of the complete episodes.
+
+        :param gamma: Discount factor
+        :return: ``(n_transitions,)`` float64 in reward units, one episode behind the other
+        :raises ValueError: A return is not finite
+        """
+        rewards = self._rows.get("rewards")
+        if rewards is None or not self.episodes:
+            return np.zeros(0)
+        returns = [
+            discounted_returns(rewards[episode.first_row : episode.end_row, episode.env_index], gamma, episode.terminal_value)
+            for episode in self.episodes
+        ]
+        for episode, episode_returns in zip(self.episodes, returns, strict=True):
+            is_finite = np.isfinite(episode_returns)
+            if not is_finite.all():
+                # Everything before the step at fault inherits its return
+                step = int(np.flatnonzero(~is_finite)[-1])
+                reward = rewards[episode.first_row + step, episode.env_index]
+                raise ValueError(
+                    f"The return of environment {episode.env_index} is {episode_returns[step]} at step {step} of "
+                    f"its {len(episode_returns)}: the reward there was {reward}, the value after the last step "
+                    f"{episode.terminal_value}. Rewards and observations must be finite: wrap the environment in "
+                    "stable_baselines3.common.vec_env.VecCheckNan to find the cause."
+                )
+        return np.concatenate(returns)
+
+    def check_observations(self) -> None:
+        """
+        Refuse observations that are not finite, in the complete episodes.
+
+        :raises ValueError: It names the environment and the step
+        """
+        for name in [name for name in self._rows if name.startswith("observations") and self._rows[name].dtype.kind == "f"]:
+            for episode in self.episodes:
+                observations = self._rows[name][episode.first_row : episode.end_row, episode.env_index]
+                # Unlike a look at each number, it takes no memory; NaN is the least and the greatest
+                if observations.size and not (math.isfinite(observations.min()) and math.isfinite(observations.max())):
+                    is_finite = np.isfinite(observations.reshape(len(observations), -1)).all(axis=1)
+                    step = int(np.flatnonzero(~is_finite)[0])
+                    raise ValueError(
+                        f"Environment {episode.env_index} gave an observation that is not finite at step {step} of an episode "
+                        f"of {len(observations)}: {name}={observations[step]}. Mend it or clip it in a wrapper: "
+                        "stable_baselines3.common.vec_env.VecCheckNan stops where it first appears."
+                    )
+
+    def finish_rollout(self, returns: np.ndarray, evaluate: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None) -> None:
+        """
+        Put the complete episodes on offer.
+
+        :param returns: ``(n_transitions,)`` targets to train on, one episode behind the other
+        :param evaluate: Computes the values and log-probabilities ``(n_transitions,)`` of the transitions on offer.
+            Only called if somebody reads them before training does
+        """
+        self.returns = returns.astype(np.float32).reshape(-1, 1)
+        self.pos = len(returns)
+        self.full = True
+        # A row of a column is one entry of the arrays flattened over (row, environment)
+        self._indices = np.concatenate(
+            [np.arange(episode.first_row, episode.end_row) * self.n_envs + episode.env_index for episode in self.episodes]
+            or [np.zeros(0, dtype=np.int64)]
+        )
+        self._evaluations = None
+        self._evaluate = evaluate
+
+    def set_evaluations(self, values: np.ndarray, log_probs: np.ndarray) -> None:
+        """
+        Keep what training computed, so that nobody computes it again.
+
+        :param values: ``(n_transitions,)``
+        :param log_probs: ``(n_transitions,)``
+        """
+        self._evaluations = values, log_probs
+        self._evaluate = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The model behind it must not be pickled along, nor the room for rows to come
+        rows = {name: array[: self._row] for name, array in self._rows.items()}
+        return {**self.__dict__, "_evaluate": None, "_rows": rows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._views = {}
+        for name, array in self._rows.items():
+            self._rows[name] = np.empty((self.buffer_size, *array.shape[1:]), dtype=array.dtype)
+            self._rows[name][: self._row] = array
+
+    def size(self) -> int:
+        """Number of transitions on offer."""
+        return self.pos
+
+    # SB3 gives batches in random order; here the order is that of the episodes, which a sum does not mind
+    def get(self, batch_size: int | None = None, whole_episodes: bool = False) -> Iterator[EpisodicRolloutBufferSamples]:
+        """
+        The transitions on offer, each exactly once, in order.
+
+        :param batch_size: The most transitions in one sample; None for all of them at once
+        :param whole_episodes: Whether to cut between episodes only. One longer than ``batch_size`` is then a sample of its own
+        :return: Samples on the training device. They may share memory with the buffer: read only
+        """
+        episode_ends = np.cumsum(self.episode_lengths)
+        start = 0
+        while start < self.pos:
+            end = min(start + batch_size, self.pos) if batch_size else self.pos
+            if whole_episodes:
+                # The last episode that fits, or the first one if none does
+                n_fitting = np.searchsorted(episode_ends, end, side="right")
+                end = int(episode_ends[max(n_fitting - 1, np.searchsorted(episode_ends, start, side="right"))])
+            cuts = episode_ends[(episode_ends > start) & (episode_ends < end)]
+            yield self._get_samples(slice(start, end), np.diff([start, *cuts, end]))
+            start = end
+
+    def _get_samples(  # type: ignore[override]  # SB3's takes the indices of single transitions
+        self, batch: slice, episode_lengths: np.ndarray
+    ) -> EpisodicRolloutBufferSamples:
+        def tensor(name: str) -> th.Tensor:
+            return th.as_tensor(self._gather(name, batch), device=self.device)
+
+        observations: th.Tensor | dict[str, th.Tensor]
+        if self._is_dict:
+            observations = {key: tensor(f"observations/{key}") for key in self._keys("observations")}
+        else:
+            observations = tensor("observations")
+        actions = tensor("actions")
+        if isinstance(self.action_space, spaces.Discrete):
+            actions = actions.long().flatten()
+        elif isinstance(self.action_space, spaces.MultiBinary):
+            # The Bernoulli distribution wants floats
+            actions = actions.float()
+        return EpisodicRolloutBufferSamples(
+            observations=observations,
+            actions=actions,
+            returns=th.as_tensor(self.returns[batch, 0], device=self.device),
+            episode_lengths=tuple(episode_lengths.tolist()),
+            policy_inputs={name: tensor(f"policy_inputs/{name}") for name in self._keys("policy_inputs")},
+        )
+
+    def _keys(self, prefix: str) -> list[str]:
+        return [name.removeprefix(f"{prefix}/") for name in self._rows if name.startswith(f"{prefix}/")]
+
+    def _gather(self, name: str, batch: slice = slice(None)) -> np.ndarray:
+        """Transitions on offer of one array, ``(n, ...)``: a view where they lie together, else a copy."""
+        array = self._rows[name]
+        flat = array.reshape(-1, *array.shape[2:])
+        indices = self._indices[batch]
+        if len(indices) and self.n_envs == 1 and indices[-1] - indices[0] == len(indices) - 1:
+            return flat[indices[0] : indices[-1] + 1]
+        return flat.take(indices, axis=0)
+
+    # ------------------------------------------------------------------ as SB3's RolloutBuffer reads
+
+    def _offer(self, name: str) -> np.ndarray:
+        """A copy ``(pos, 1, ...)`` that outlives the next rollout."""
+        if name not in self._rows:
+            raise ValueError(
+                f"The rollout buffer holds no {name!r} yet: read it in `on_rollout_end`, or after a step was made."
+            )
+        return np.array(self._gather(name))[:, None]
+
+    @property
+    def observations(self) -> np.ndarray | dict[str, np.ndarray]:
+        """``(pos, 1, *obs_shape)``, or a dict of such arrays."""
+        if self._is_dict:
+            return {key: self._offer(f"observations/{key}") for key in self._keys("observations")}
+        return self._offer("observations")
+
+    @property
+    def actions(self) -> np.ndarray:
+        """``(pos, 1, action_dim)``, as sampled."""
+        return self._offer("actions")
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """``(pos, 1)``, as the environment gave them: the value after a time limit is not added."""
+        return self._offer("rewards")
+
+    @property
+    def episode_starts(self) -> np.ndarray:
+        """``(pos, 1)`` float32: 1 at the first transition of each episode."""
+        starts = np.zeros((self.pos, 1), dtype=np.float32)
+        if self.full and self.episodes:
+            lengths = self.episode_lengths
+            starts[np.cumsum(lengths) - lengths] = 1.0
+        return starts
+
+    def _get_evaluations(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._evaluations is None:
+            self._evaluations = self._evaluate() if self._evaluate and self.pos else (np.zeros(0), np.zeros(0))
+        return self._evaluations
+
+    @property
+    def values(self) -> np.ndarray:
+        """``(pos, 1)`` predicted values, in the units of ``returns``."""
+        return self._get_evaluations()[0].astype(np.float32).reshape(-1, 1)
+
+    @property
+    def log_probs(self) -> np.ndarray:
+        """``(pos, 1)`` log-probabilities of the actions."""
+        return self._get_evaluations()[1].astype(np.float32).reshape(-1, 1)
+
+    @property
+    def advantages(self) -> np.ndarray:
+        """``(pos, 1)``: ``returns - values``."""
+        return self.returns - self.values

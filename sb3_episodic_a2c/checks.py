@@ -1,0 +1,149 @@
+"""Refusals of bad input, made before anything is changed. Each names the argument, its value and the remedy."""
+
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+
+from sb3_episodic_a2c.actors import ActorChoice
+from sb3_episodic_a2c.buffers import EpisodicRolloutBuffer
+from sb3_episodic_a2c.returns import StandardizationMethod
+
+PartialEpisodes = Literal["carry", "discard"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(np.isfinite(float(value)))
+
+
+def _is_integer(value: Any, minimum: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """
+    Refuse arguments out of their range.
+
+    :param arguments: The arguments of the constructor by name; other names are ignored
+    :raises ValueError: It names the argument, its value and the remedy
+    """
+
+    def check(name: str, is_valid: bool, remedy: str) -> None:
+        if not is_valid:
+            raise ValueError(f"`{name}` is {arguments[name]!r}. {remedy}")
+
+    learning_rate, gamma = arguments["learning_rate"], arguments["gamma"]
+    check(
+        "learning_rate",
+        callable(learning_rate) or (_is_number(learning_rate) and learning_rate >= 0),
+        "It must be a number >= 0, e.g. 3e-3, or a function of the progress remaining (from 1 to 0).",
+    )
+    check("n_episodes", _is_integer(arguments["n_episodes"], 1), "It must be an integer >= 1 (episodes per environment).")
+    check("gamma", _is_number(gamma) and 0 <= gamma <= 1, "It must lie in [0, 1], e.g. 0.99.")
+    methods = (*get_args(StandardizationMethod), None)
+    check("standardize_returns", arguments["standardize_returns"] in methods, f"It must be one of {methods}.")
+    check("handle_timeout_termination", isinstance(arguments["handle_timeout_termination"], bool), "It must be True or False.")
+    check(
+        "handle_timeout_termination",
+        not (arguments["handle_timeout_termination"] and arguments["standardize_returns"] in ("episode", "rollout")),
+        f"With standardize_returns={arguments['standardize_returns']!r} the critic's values have no fixed units, so they "
+        'cannot stand for the rewards after a time limit: set it to False, or use standardize_returns="running" or None.',
+    )
+    choices = get_args(PartialEpisodes)
+    check("partial_episodes", arguments["partial_episodes"] in choices, f"It must be one of {choices}.")
+    huber_delta, vf_coef = arguments["huber_delta"], arguments["vf_coef"]
+    check("huber_delta", _is_number(huber_delta) and huber_delta > 0, "It must be a number > 0, e.g. 1.0.")
+    check("detach_advantage", isinstance(arguments["detach_advantage"], bool), "It must be True or False.")
+    check("ent_coef", _is_number(arguments["ent_coef"]), "It must be a finite number, e.g. 0.0 or 0.01.")
+    check("vf_coef", _is_number(vf_coef) and vf_coef >= 0, "It must be a number >= 0, e.g. 1.0.")
+    max_grad_norm, batch_size = arguments["max_grad_norm"], arguments["batch_size"]
+    check(
+        "max_grad_norm",
+        max_grad_norm is None or (_is_number(max_grad_norm) and max_grad_norm > 0),
+        "It must be a number > 0, or None for no clipping.",
+    )
+    check(
+        "batch_size",
+        batch_size is None or _is_integer(batch_size, 1),
+        "It must be an integer >= 1 (transitions per pass), or None for all at once.",
+    )
+    # `load` knows it by another name only
+    stats_window_size = arguments.get("stats_window_size", 1)
+    check("stats_window_size", _is_integer(stats_window_size, 1), "It must be an integer >= 1 (episodes), e.g. 100.")
+    check("actor", arguments["actor"] in get_args(ActorChoice), f"It must be one of {get_args(ActorChoice)}.")
+    sde_sample_freq = arguments["sde_sample_freq"]
+    check(
+        "sde_sample_freq",
+        _is_integer(sde_sample_freq, -1),
+        "It must be an integer >= 1 (steps between two noise matrices), or -1 for one a rollout.",
+    )
+    buffer_class = arguments["rollout_buffer_class"]
+    check(
+        "rollout_buffer_class",
+        buffer_class is None or (isinstance(buffer_class, type) and issubclass(buffer_class, EpisodicRolloutBuffer)),
+        "It must be None or a subclass of sb3_episodic_a2c.EpisodicRolloutBuffer: SB3's buffers hold a fixed number of steps.",
+    )
+    for name in ("rollout_buffer_kwargs", "policy_kwargs"):
+        check(name, arguments[name] is None or isinstance(arguments[name], dict), "It must be a dict, or None.")
+
+
+def check_spaces(
+    policy: str | type[BasePolicy],
+    observation_space: spaces.Space,
+    action_space: spaces.Space,
+    supported_action_spaces: tuple[type[spaces.Space], ...],
+) -> None:
+    """
+    Refuse spaces that this algorithm, or SB3, cannot learn on.
+
+    :param policy: The policy, by name or class
+    :param observation_space: The observation space of the environment
+    :param action_space: The action space of the environment
+    :param supported_action_spaces: The types that the algorithm supports
+    :raises ValueError: It names the space and the remedy
+    """
+    if not isinstance(action_space, supported_action_spaces):
+        names = ", ".join(space.__name__ for space in supported_action_spaces)
+        raise ValueError(
+            f"The action space {action_space} of `env` is not supported: wrap the environment so that it is one of {names}."
+        )
+    if isinstance(action_space, spaces.Box) and not (
+        np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()
+    ):
+        raise ValueError(
+            f"The action space {action_space} of `env` is unbounded. Give it finite bounds, "
+            "e.g. with gymnasium.wrappers.RescaleAction or TransformAction."
+        )
+    if isinstance(action_space, spaces.MultiBinary) and len(action_space.shape) != 1:
+        raise ValueError(f"The action space {action_space} of `env` has several dimensions: flatten it.")
+    is_dict = isinstance(observation_space, spaces.Dict)
+    parts = list(observation_space.spaces.values()) if isinstance(observation_space, spaces.Dict) else [observation_space]
+    for part in parts:
+        if not isinstance(part, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+            raise ValueError(
+                f"The observation space {observation_space} of `env` is not supported because of {part}: use Box, Discrete, "
+                "MultiDiscrete or MultiBinary, or a Dict of these without nesting "
+                "(gymnasium.wrappers.FlattenObservation makes one Box of it)."
+            )
+    for part in [*parts, action_space]:
+        if isinstance(part, spaces.MultiDiscrete) and part.nvec.ndim != 1:
+            raise ValueError(f"{part} of `env` has several dimensions: flatten it in a wrapper.")
+        if isinstance(part, (spaces.Discrete, spaces.MultiDiscrete)) and np.any(part.start != 0):
+            raise ValueError(f"{part} of `env` does not start at 0, which SB3 needs: shift it in a wrapper.")
+    if is_dict and policy in ("MlpPolicy", "CnnPolicy", "SharedMlpPolicy", "MlpLstmPolicy", "CnnLstmPolicy"):
+        raise ValueError(
+            f'`policy` {policy!r} takes no Dict observations: use the one for several inputs, e.g. "MultiInputPolicy".'
+        )
+    if not is_dict and policy in ("MultiInputPolicy", "MultiInputLstmPolicy"):
+        raise ValueError(
+            f'`policy` {policy!r} needs Dict observations, but `env` has {observation_space}: use e.g. "MlpPolicy".'
+        )
+    if policy in ("CnnPolicy", "CnnLstmPolicy") and not (
+        isinstance(observation_space, spaces.Box) and len(observation_space.shape) == 3
+    ):
+        raise ValueError(
+            f'`policy` {policy!r} needs images as observations, but `env` has {observation_space}: use e.g. "MlpPolicy".'
+        )

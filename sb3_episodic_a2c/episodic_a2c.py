@@ -1,0 +1,823 @@
+"""Episodic A2C: an on-policy actor-critic that learns from complete episodes."""
+
+import copy
+import io
+import pathlib
+import warnings
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.utils import explained_variance, obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.patch_gym import _patch_env
+from torch import nn
+
+from sb3_episodic_a2c.actors import ActorChoice, make_actor
+from sb3_episodic_a2c.buffers import EpisodicRolloutBuffer
+from sb3_episodic_a2c.checks import PartialEpisodes, check_arguments, check_spaces
+from sb3_episodic_a2c.faults import (
+    NormalizeStatistics,
+    add_note,
+    check_rewards,
+    find_dead_workers,
+    find_environment,
+    find_not_finite,
+    restore_statistics,
+    resynchronize,
+    statistics_of,
+    uninterrupted,
+    watch_workers,
+)
+from sb3_episodic_a2c.files import atomic_write
+from sb3_episodic_a2c.losses import entropy_loss, policy_loss, value_loss
+from sb3_episodic_a2c.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy, rescale_value_head
+from sb3_episodic_a2c.returns import ReturnStatistics, StandardizationMethod, standardize_returns, unstandardize
+from sb3_episodic_a2c.type_aliases import EpisodicRolloutBufferSamples
+
+SelfEpisodicA2C = TypeVar("SelfEpisodicA2C", bound="EpisodicA2C")
+
+INITIAL_BUFFER_SIZE = 128
+"""Rows that the rollout buffer starts with."""
+
+CPU_PASS_SIZE = 4096
+"""Transitions of one forward/backward pass on the CPU. More are slower: their activations fit into no cache, and take fresh
+memory from the operating system at every update."""
+
+
+class EpisodicA2C(OnPolicyAlgorithm):
+    r"""
+    Episodic Advantage Actor Critic: REINFORCE with a learned baseline, on complete episodes.
+
+    One update gathers ``n_episodes * n_envs`` complete episodes, computes the discounted Monte Carlo return
+    :math:`G_t` of every transition, standardises the returns and takes ONE gradient step on
+
+    .. math::
+        -\sum_t \log \pi(a_t|s_t) A_t + \text{vf\_coef} \sum_t \text{huber}(V(s_t), G_t)
+        - \text{ent\_coef} \sum_t H(\pi(\cdot|s_t)), \qquad A_t = G_t - V(s_t)
+
+    summed, never averaged, over all transitions of all episodes.
+
+    Where it differs from SB3's A2C: the unit is the episode (``n_episodes`` stands for ``n_steps``), returns are not
+    bootstrapped except at a time limit, losses are sums, the value loss is Huber's, the optimizer is Adam, and ``learn``
+    stops at its budget instead of overshooting it by up to a rollout.
+
+    Williams (1992), https://doi.org/10.1007/BF00992696; Sutton & Barto (2018), section 13.4;
+    A2C: https://arxiv.org/abs/1602.01783
+
+    :param policy: The policy model to use (``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, ``"SharedMlpPolicy"``
+        or a class)
+    :param env: The environment to learn from (if registered in Gym, can be str). Its episodes must end
+    :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
+    :param n_episodes: Complete episodes per environment per update
+    :param gamma: Discount factor
+    :param standardize_returns: ``"running"``: by a running mean and standard deviation of the returns seen in training
+        (effective memory about 20,000 transitions). ``"episode"``: each episode by its own. ``"rollout"``: over all
+        transitions of the update. ``None``: raw returns
+    :param handle_timeout_termination: Whether an episode that was cut by a time limit gets the value of its last observation
+        as the return of what would have followed (https://arxiv.org/abs/1712.00378). The critic must have units
+        for that: with ``"episode"`` or ``"rollout"`` it must be False
+    :param partial_episodes: What becomes, with several environments, of episodes that are unfinished when enough others are
+        complete. ``"carry"``: they are kept for the next update, so that no env step is thrown away; their head comes from
+        a slightly older policy. ``"discard"``: strictly on-policy; the first ``n_episodes * n_envs`` episodes that were
+        STARTED in the rollout are used, then all environments are reset. If the budget of ``learn`` ends in between, those
+        complete are used, and the others with the next call
+    :param huber_delta: Error, in units of the returns trained on, at which the value loss turns from quadratic to linear
+    :param detach_advantage: Whether the policy loss leaves the critic alone. ``False``: its gradient flows into the critic
+        through the advantage too
+    :param ent_coef: Entropy coefficient for the loss calculation
+    :param vf_coef: Value function coefficient for the loss calculation
+    :param max_grad_norm: The maximum norm of the gradient; None: no clipping. The loss is a sum, so a useful value is
+        larger than for A2C
+    :param batch_size: The most transitions in one forward and backward pass; None: all at once, on the CPU up to
+        4096, which is faster than more. The gradients of the passes are summed before the one optimizer step, so it bounds
+        memory and changes nothing else
+    :param actor: What samples the actions while collecting, from the same distribution. ``"auto"``: NumPy for an MLP policy on
+        flat observations, which is several times faster, torch for everything else. ``"numpy"``, ``"torch"``: that one
+    :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
+    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE.
+        -1: only at the beginning of the rollout
+    :param rollout_buffer_class: A subclass of :class:`EpisodicRolloutBuffer`, which is what None stands for
+    :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation. Copied, never written to
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+        Setting it to auto, the code will be run on the GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: An argument is out of its range, or the spaces of the environment are not supported
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+        "SharedMlpPolicy": SharedMlpPolicy,
+    }
+    supported_action_spaces: ClassVar[tuple[type[spaces.Space], ...]] = (
+        spaces.Box,
+        spaces.Discrete,
+        spaces.MultiDiscrete,
+        spaces.MultiBinary,
+    )
+    rollout_buffer: EpisodicRolloutBuffer  # type: ignore[assignment]  # not SB3's fixed-length one
+    _trains_on_whole_episodes: ClassVar[bool] = False
+    """Whether ``batch_size`` cuts between episodes only, which a policy with a memory needs."""
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-3,
+        n_episodes: int = 1,
+        gamma: float = 0.99,
+        standardize_returns: StandardizationMethod | None = "running",
+        handle_timeout_termination: bool = True,
+        partial_episodes: PartialEpisodes = "carry",
+        huber_delta: float = 1.0,
+        detach_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 1.0,
+        max_grad_norm: float | None = None,
+        batch_size: int | None = None,
+        actor: ActorChoice = "auto",
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[EpisodicRolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        check_arguments(locals())
+        if env is not None:
+            env = maybe_make_env(env, verbose)
+            if not isinstance(env, VecEnv):
+                # Environments of old gym are wrapped by SB3
+                env = _patch_env(env)
+            check_spaces(policy, env.observation_space, env.action_space, self.supported_action_spaces)
+        super().__init__(
+            policy,
+            env,
+            # SB3 knows the floats of Python only
+            learning_rate=learning_rate if callable(learning_rate) else float(learning_rate),
+            # Not arguments of this algorithm. `n_steps` tells how many steps the last rollout had, GAE(1) is Monte Carlo
+            n_steps=0,
+            gae_lambda=1.0,
+            gamma=gamma,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,  # type: ignore[arg-type]  # SB3's always clip
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,  # type: ignore[arg-type]  # not SB3's fixed-length one
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=_copy_nested(policy_kwargs or {}),
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        self.n_episodes = n_episodes
+        self.standardize_returns = standardize_returns
+        self.handle_timeout_termination = handle_timeout_termination
+        self.partial_episodes = partial_episodes
+        self.huber_delta = huber_delta
+        self.detach_advantage = detach_advantage
+        self.batch_size = batch_size
+        self.actor = actor
+        self.return_statistics = ReturnStatistics()
+        """The units of the critic: initial for raw returns, running for ``"running"``. Saved with the model."""
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        # `load` has put saved and given values into the attributes without asking the constructor
+        check_arguments(vars(self))
+        is_recurrent = issubclass(self.policy_class, RecurrentActorCriticPolicy)
+        if not issubclass(self.policy_class, (ActorCriticPolicy, MaskableActorCriticPolicy)) or (
+            is_recurrent and not self._trains_on_whole_episodes
+        ):
+            raise ValueError(
+                f"`policy` {self.policy_class.__name__} does not fit {self.__class__.__name__}: use one of "
+                f"{sorted(self.policy_aliases)}, or a subclass of stable_baselines3.common.policies.ActorCriticPolicy"
+                + (" (LSTM policies are for RecurrentEpisodicA2C)." if is_recurrent else ".")
+            )
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        buffer_kwargs = {"buffer_size": INITIAL_BUFFER_SIZE, **self.rollout_buffer_kwargs}
+        self.rollout_buffer = (self.rollout_buffer_class or EpisodicRolloutBuffer)(  # type: ignore[assignment]  # annotated as SB3's
+            observation_space=self.observation_space,
+            action_space=self.action_space,
+            device=self.device,
+            n_envs=self.n_envs,
+            **buffer_kwargs,
+        )
+        # Policies without gSDE do not know the argument
+        sde_kwargs: dict[str, Any] = {"use_sde": True} if self.use_sde else {}
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space, self.action_space, self.lr_schedule, **sde_kwargs, **self.policy_kwargs
+        )
+        self.policy = self.policy.to(self.device)
+        self.policy.optimizer = _fused(self.policy.optimizer)
+        self._before_update: tuple[ReturnStatistics, list[tuple[th.Tensor, th.Tensor]]] | None = None
+        """The return statistics, and the parameters that follow them, until the update that they were moved for is made."""
+        self._normalize_statistics: NormalizeStatistics | None = None
+        """Those of VecNormalize when the rollout began."""
+        self._maybe_recommend_cpu()
+        self._setup_actor()
+
+    def _setup_actor(self) -> None:
+        """Choose how actions are sampled. The random numbers of the NumPy actor depend on torch's seed."""
+        rng = np.random.default_rng(int(th.randint(2**63 - 1, ()).item()))
+        self._actor = make_actor(self.policy, self.actor, rng)
+        if self.verbose >= 1:
+            print(f"Sampling actions with the {self._actor.name} actor")
+
+    def _refresh_actor(self) -> None:
+        """Take note of what was done to the policy since the last rollout."""
+        if self._actor.policy is not self.policy or not self._actor.refresh():
+            # The user has put another one in its place, e.g. one trained by imitation, or changed it
+            self._setup_actor()
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        super().set_random_seed(seed)
+        if seed is not None and hasattr(self, "_actor"):
+            self._setup_actor()
+
+    # ------------------------------------------------------------------ what a variant overrides
+
+    def _start_rollout(self, env: VecEnv) -> None:
+        """
+        Called once a rollout, before its first step.
+
+        :param env: The training environment
+        """
+
+    def _policy_inputs(self, env: VecEnv) -> dict[str, np.ndarray]:
+        """
+        What the policy is given beside the observation at this step.
+
+        :param env: The training environment
+        :return: ``(n_envs, ...)`` arrays, stored with the step and given back in training; the same keys at every step
+        """
+        return {}
+
+    def _sample_actions(
+        self, observations: np.ndarray | dict[str, np.ndarray], policy_inputs: dict[str, np.ndarray]
+    ) -> np.ndarray:
+        """
+        Sample one action for every environment.
+
+        :param observations: ``(n_envs, *obs_shape)``, or a dict of such arrays
+        :param policy_inputs: See :meth:`_policy_inputs`
+        :return: ``(n_envs, *action_shape)`` actions as sampled: neither clipped nor unscaled
+        """
+        return self._actor.sample(observations, policy_inputs)
+
+    def _predict_terminal_values(
+        self, observations: np.ndarray | dict[str, np.ndarray], env_indices: np.ndarray
+    ) -> np.ndarray:
+        """
+        Value of the observation at which a time limit cut an episode.
+
+        :param observations: ``(n, *obs_shape)``, or a dict of such arrays
+        :param env_indices: ``(n,)`` the environments that they come from
+        :return: ``(n,)`` values, in the critic's units
+        """
+        with th.no_grad():
+            return self.policy.predict_values(obs_as_tensor(observations, self.device)).flatten().cpu().numpy()
+
+    def _evaluate_actions(self, samples: EpisodicRolloutBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """
+        Evaluate the actions of complete episodes with the current policy.
+
+        :param samples: ``n`` transitions
+        :return: Values, log-probabilities and entropies (None where they have no analytical form), ``(n,)`` each
+        """
+        values, log_prob, entropy = self.policy.evaluate_actions(
+            samples.observations, samples.actions, **samples.policy_inputs
+        )
+        return values.flatten(), log_prob, entropy
+
+    # ------------------------------------------------------------------ collecting
+
+    def collect_rollouts(  # type: ignore[override]  # the buffer is not SB3's fixed-length one
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: EpisodicRolloutBuffer,
+        n_rollout_steps: int,
+    ) -> bool:
+        """
+        Collect complete episodes using the current policy, until there are ``n_episodes * n_envs`` or the budget of ``learn``
+        is used up.
+
+        The term rollout here refers to the model-free notion and should not
+        be used with the concept of rollout used in model-based RL or planning.
+
+        :param env: The training environment
+        :param callback: Callback that will be called at each step
+            (and at the beginning and end of the rollout)
+        :param rollout_buffer: Buffer to fill with rollouts
+        :param n_rollout_steps: Ignored: nobody knows how long the episodes will be. Named as callbacks know it from SB3
+        :return: False if the callback terminated the rollout, which the next call then continues; True otherwise
+        """
+        # Switch to eval mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(False)
+        self._before_update = None
+        n_steps = 0
+        n_wanted_episodes = self.n_episodes * env.num_envs
+        # Of episodes that START first, not of those that finish first: these would be the short ones
+        max_started_episodes = n_wanted_episodes if self.partial_episodes == "discard" else None
+
+        # If the budget ended the last rollout, it goes on: what was wanted and still runs must not be lost, being long
+        if (
+            max_started_episodes is not None
+            and rollout_buffer.size() > 0
+            and rollout_buffer.is_complete(n_wanted_episodes, max_started_episodes)
+        ):
+            self._discard_partial_episodes(env, rollout_buffer)
+        rollout_buffer.start_rollout()
+        self._refresh_actor()
+        self._start_rollout(env)
+
+        # From here on everything depends on the model, the environments and the random states alone: checkpoints are made here
+        callback.on_rollout_start()
+
+        if self.use_sde:
+            # Sample new weights for the state dependent exploration
+            self.policy.reset_noise(env.num_envs)
+
+        vec_normalize = self.get_vec_normalize_env()
+        self._normalize_statistics = statistics_of(vec_normalize)
+        continue_training = True
+        # At least one step, even where a callback stopped the last rollout at the very step that completed it: callbacks
+        # expect to find its locals at the end
+        while (
+            continue_training
+            and (n_steps == 0 or not rollout_buffer.is_complete(n_wanted_episodes, max_started_episodes))
+            and self.num_timesteps < self._total_timesteps
+        ):
+            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+                # Sample a new noise matrix
+                self.policy.reset_noise(env.num_envs)
+
+            assert self._last_obs is not None, "No previous observation was provided"
+            policy_inputs = self._policy_inputs(env)
+            try:
+                actions = self._sample_actions(self._last_obs, policy_inputs)
+            except (ValueError, RuntimeError) as error:
+                self._explain(error)
+                raise
+            clipped_actions = self._to_env_actions(actions)
+            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            if vec_normalize is not None:
+                check_rewards(vec_normalize.get_original_reward(), rollout_buffer.running_steps)
+
+            self.num_timesteps += env.num_envs
+
+            # Give access to local variables
+            callback.update_locals(locals())
+            # If it says stop, the step is stored all the same: a later `learn` goes on from here
+            continue_training = callback.on_step()
+
+            n_steps += 1
+            rollout_buffer.add(self._last_obs, actions, rewards, policy_inputs)
+            # At every step: a wrapper may play several monitored episodes as one
+            self._update_info_buffer(rollout_buffer.of_wanted(infos), dones)
+            if np.count_nonzero(dones):
+                env_indices = np.flatnonzero(dones)
+                self._episode_num += len(env_indices)
+                rollout_buffer.close_episodes(env_indices, self._terminal_values(infos, env_indices), max_started_episodes)
+            self._last_obs = new_obs  # type: ignore[assignment]
+            self._last_episode_starts = dones
+
+        if not continue_training:
+            return False
+
+        self.n_steps = n_steps
+        self._finish_rollout(rollout_buffer)
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _discard_partial_episodes(self, env: VecEnv, rollout_buffer: EpisodicRolloutBuffer) -> None:
+        """Start all environments afresh, so that every step of the next rollout is taken by the current policy."""
+        rollout_buffer.reset()
+        assert self._last_episode_starts is not None
+        if not self._last_episode_starts.all():
+            self._last_obs = env.reset()  # type: ignore[assignment]
+            self._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
+
+    def _to_env_actions(self, actions: np.ndarray) -> np.ndarray:
+        """The actions, as sampled from the distribution, that an environment accepts."""
+        if not isinstance(self.action_space, spaces.Box):
+            return actions
+        if self.policy.squash_output:
+            # Unscale the actions to match env bounds if they were previously squashed (scaled in [-1, 1])
+            return self.policy.unscale_action(actions)
+        # A Gaussian is unbounded
+        return actions.clip(self.action_space.low, self.action_space.high)
+
+    def _terminal_values(self, infos: list[dict[str, Any]], env_indices: np.ndarray) -> np.ndarray:
+        """
+        What follows the last step of episodes that have just ended.
+
+        :param infos: The infos of all environments
+        :param env_indices: ``(n_finished,)`` environments whose episode ended
+        :return: ``(n_finished,)`` values in reward units: 0 if terminated, the critic's value after a time limit
+        """
+        terminal_values = np.zeros(len(env_indices))
+        if not self.handle_timeout_termination:
+            return terminal_values
+        is_truncated = np.array(
+            [
+                bool(infos[index].get("TimeLimit.truncated")) and infos[index].get("terminal_observation") is not None
+                for index in env_indices
+            ]
+        )
+        if is_truncated.any():
+            truncated = env_indices[is_truncated]
+            terminal_observations = [infos[index]["terminal_observation"] for index in truncated]
+            observations: np.ndarray | dict[str, np.ndarray]
+            if isinstance(self.observation_space, spaces.Dict):
+                observations = {key: np.stack([obs[key] for obs in terminal_observations]) for key in self.observation_space}
+            else:
+                observations = np.stack(terminal_observations)
+            values = self._predict_terminal_values(observations, truncated).astype(np.float64)
+            if self.return_statistics.count > 0:
+                values = unstandardize(values, self.return_statistics.mean, self.return_statistics.std)
+            terminal_values[is_truncated] = values
+        return terminal_values
+
+    def _finish_rollout(self, rollout_buffer: EpisodicRolloutBuffer) -> None:
+        """Turn the complete episodes into what is trained on, and log what was collected."""
+        try:
+            rollout_buffer.check_observations()
+            returns = rollout_buffer.compute_returns(self.gamma)
+        except ValueError:
+            # What cannot be trained on must not be met again when `learn` goes on
+            rollout_buffer.drop_episodes()
+            raise
+        if len(returns):
+            returns, statistics = standardize_returns(
+                returns, rollout_buffer.episode_lengths, self.standardize_returns, self.return_statistics
+            )
+            # Raw returns are in the units of the initial statistics; with the other settings a critic has none
+            units = statistics if self.standardize_returns == "running" else ReturnStatistics()
+            rescaled: list[tuple[th.Tensor, th.Tensor]] = []
+            # First, so that all that follows can be undone wherever it is interrupted
+            self._before_update = self.return_statistics, rescaled
+            if self._n_updates > 0 and self.standardize_returns in ("running", None):
+                rescale_value_head(self.policy, self.return_statistics, units, rescaled)
+            self.return_statistics = units
+            self.logger.record("train/return_mean", statistics.mean)
+            self.logger.record("train/return_std", statistics.std)
+        rollout_buffer.finish_rollout(returns, self._evaluate_rollout)
+        self.logger.record("rollout/n_episodes", rollout_buffer.n_episodes)
+        if self.partial_episodes == "carry":
+            self.logger.record("rollout/stale_fraction", rollout_buffer.stale_fraction)
+        else:
+            self.logger.record("rollout/unused_fraction", rollout_buffer.unused_fraction)
+
+    def _evaluate_rollout(self) -> tuple[np.ndarray, np.ndarray]:
+        """Values and log-probabilities of the transitions on offer, for callbacks that want them before the update."""
+        values, log_probs = [], []
+        with th.no_grad():
+            for samples in self.rollout_buffer.get(self._pass_size(), self._trains_on_whole_episodes):
+                batch_values, batch_log_probs, _ = self._evaluate_actions(samples)
+                values.append(batch_values.cpu().numpy())
+                log_probs.append(batch_log_probs.cpu().numpy())
+        return np.concatenate(values), np.concatenate(log_probs)
+
+    # ------------------------------------------------------------------ training
+
+    def train(self) -> None:
+        """
+        Update policy using the currently gathered episodes (one gradient step over whole data).
+
+        :raises ValueError: The loss or its gradient is not finite. The parameters are then as they were
+        """
+        n_transitions = self.rollout_buffer.size()
+        if n_transitions == 0:
+            # The budget ended before an episode did
+            return
+
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+        # Update optimizer learning rate
+        self._update_learning_rate(self.policy.optimizer)
+
+        if self._before_update is not None:
+            # Batch norm takes note of every pass
+            self._before_update[1].extend((buffer, buffer.clone()) for buffer in self.policy.buffers())
+        values, log_probs, losses = [], [], []
+        parameters = [parameter for group in self.policy.optimizer.param_groups for parameter in group["params"]]
+        for parameter in parameters:
+            # As `optimizer.zero_grad`, which needs as long as a layer
+            parameter.grad = None
+        for samples in self.rollout_buffer.get(self._pass_size(), self._trains_on_whole_episodes):
+            batch_values, log_prob, entropy = self._evaluate_actions(samples)
+            advantages = samples.returns - (batch_values.detach() if self.detach_advantage else batch_values)
+
+            batch_losses = (
+                policy_loss(log_prob, advantages),
+                value_loss(batch_values, samples.returns, self.huber_delta),
+                entropy_loss(entropy, log_prob),
+            )
+            loss = batch_losses[0] + self.vf_coef * batch_losses[1]
+            if self.ent_coef != 0:
+                loss = loss + self.ent_coef * batch_losses[2]
+            # Gradients add up over the batches, as the loss is a sum
+            loss.backward()
+
+            values.append(batch_values.detach())
+            log_probs.append(log_prob.detach())
+            losses.append(th.stack(batch_losses).detach())
+
+        self._step_optimizer([parameter for parameter in parameters if parameter.grad is not None])
+
+        values_array = _concatenate(values)
+        self.rollout_buffer.set_evaluations(values_array, _concatenate(log_probs))
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/explained_variance", explained_variance(values_array, self.rollout_buffer.returns[:, 0]))
+        summed_losses = th.stack(losses).sum(dim=0).tolist()
+        for name, summed_loss in zip(("policy_loss", "value_loss", "entropy_loss"), summed_losses, strict=True):
+            # Per transition, so that curves of episodes of different length compare
+            self.logger.record(f"train/{name}", summed_loss / n_transitions)
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+
+    def _pass_size(self) -> int | None:
+        """The most transitions in one forward/backward pass; None for all."""
+        is_free = self.batch_size is None and self.device.type == "cpu" and not self._trains_on_whole_episodes
+        if not is_free or self.rollout_buffer.size() <= CPU_PASS_SIZE:
+            return self.batch_size
+        # The only layers to which it matters what else is in a batch
+        has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.policy.modules())
+        return None if has_batch_norm else CPU_PASS_SIZE
+
+    def _step_optimizer(self, parameters: list[nn.Parameter]) -> None:
+        """
+        Clip the gradient if asked to, and take the step, unless it would spoil the parameters.
+
+        :param parameters: Those of the optimizer that have a gradient
+        """
+        if not parameters:
+            raise ValueError(
+                "No parameter of `policy.optimizer` has a gradient: are all frozen, or was the policy replaced after the "
+                "optimizer was made? Make a new one with the parameters of `model.policy` that are to be trained."
+            )
+        # As `th.nn.utils.get_total_norm`, for parameters that are all on one device
+        norm = th.linalg.vector_norm(th.cat([parameter.grad.flatten() for parameter in parameters]))  # type: ignore[union-attr]
+        if not th.isfinite(norm):
+            self.policy.optimizer.zero_grad()
+            self._undo_standardization()
+            raise ValueError(
+                f"The gradient of update {self._n_updates + 1} is not finite (norm {norm.item()}), so the update was not "
+                "made and the parameters are as they were. Lower `learning_rate`, set `max_grad_norm`, or look for extreme "
+                "observations and rewards with stable_baselines3.common.vec_env.VecCheckNan."
+            )
+        if self.max_grad_norm is not None:
+            th.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+        with uninterrupted():
+            # First: were the step to fail half-way, what was before it would not fit to the rest
+            self._before_update = None
+            self.policy.optimizer.step()
+            self._n_updates += 1
+
+    def _undo_standardization(self) -> None:
+        """The update that the statistics were moved for is not made: put them back, and what has followed in the policy."""
+        if self._before_update is None:
+            return
+        self.return_statistics, changed = self._before_update
+        with th.no_grad():
+            for tensor, before in changed:
+                tensor.copy_(before)
+        self._before_update = None
+
+    # ------------------------------------------------------------------ learning
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        # Where the last call was interrupted twice
+        self._undo_standardization()
+        if reset_num_timesteps or self._last_obs is None:
+            # The environments will be reset: episodes in flight end here
+            self.rollout_buffer.reset()
+            if self._last_obs is None and self.env is not None:
+                # It may be that an exception ended the last call in the midst of a step
+                resynchronize(self.env)
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+
+    def learn(
+        self: SelfEpisodicA2C,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 10,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfEpisodicA2C:
+        """
+        Return a trained model.
+
+        :param total_timesteps: The number of env steps to train on. Training stops at the first step of the environments
+            that reaches it, so ``total_timesteps <= num_timesteps < total_timesteps + n_envs``; episodes that are complete
+            by then get their update, the others wait for the next call with ``reset_num_timesteps=False``
+        :param callback: callback(s) called at every step with state of the algorithm.
+        :param log_interval: Number of updates between two logs; None: no logs
+        :param tb_log_name: the name of the run for TensorBoard logging; None: the name of the class
+        :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
+        :param progress_bar: Display a progress bar using tqdm and rich.
+        :return: the trained model
+        :raises RuntimeError: A worker process of a ``SubprocVecEnv`` died. Whatever else is raised, Ctrl-C included, is passed
+            on; where an environment did it, a note says which. The model is then as after its last update, and can be
+            saved and used; the next call resets the environments
+        """
+        n_finished = 0 if reset_num_timesteps else self._episode_num
+        try:
+            with watch_workers(self.env):
+                super().learn(
+                    total_timesteps=total_timesteps,
+                    callback=callback,
+                    log_interval=log_interval,
+                    tb_log_name=tb_log_name or self.__class__.__name__,
+                    reset_num_timesteps=reset_num_timesteps,
+                    progress_bar=progress_bar,
+                )
+        except BaseException as error:
+            self._break_off(error)
+            raise
+        # A `train` of somebody's own does not know of it
+        self._before_update = None
+        if self._episode_num == n_finished and self.num_timesteps >= self._total_timesteps > self._num_timesteps_at_start:
+            warnings.warn(
+                f"No episode ended within total_timesteps={total_timesteps} env steps (n_envs={self.n_envs}), so nothing was "
+                f"learned from them: {self.__class__.__name__} learns from complete episodes. If episodes never end, give "
+                "the environment a time limit (`gymnasium.wrappers.TimeLimit(env, max_episode_steps=...)`); if they are "
+                "long, raise `total_timesteps`.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return self
+
+    def _explain(self, error: Exception) -> None:
+        """
+        :param error: Why no action could be sampled
+        :raises ValueError: A number behind that which is not finite: it names the environment and the step, or the parameter
+        """
+        assert self._last_obs is not None
+        vec_normalize = self.get_vec_normalize_env()
+        # One environment spoils the statistics that the observations of all are normalized by
+        observations = self._last_obs if vec_normalize is None else vec_normalize.get_original_obs()
+        tensors = [*self.policy.named_parameters(), *self.policy.named_buffers()]
+        reason = find_not_finite(observations, self.rollout_buffer.running_steps, tensors)
+        if reason is not None:
+            raise ValueError(reason) from error
+
+    def _break_off(self, error: BaseException) -> None:
+        """
+        Put the model back to what it was after its last update, and say which environment is to blame.
+
+        :param error: What ended the training
+        :raises RuntimeError: It was the death of a worker process
+        """
+        if self.env is None:
+            return
+        with uninterrupted():
+            steps = self.rollout_buffer.running_steps
+            # Nobody knows which of the environments has made the last step: reset them all
+            self._last_obs = None
+            self.rollout_buffer.reset()
+            self._undo_standardization()
+            restore_statistics(self.get_vec_normalize_env(), self._normalize_statistics)
+        where = (
+            f"after {self.num_timesteps} env steps. The model is as it was after update {self._n_updates}; "
+            "the next `learn` starts with a reset of the environments"
+        )
+        dead = find_dead_workers(error, self.env)
+        if dead is not None:
+            raise RuntimeError(
+                f"Training ended because {dead}, at step {steps.tolist()} of the environments' episodes, {where}, "
+                "so give it new ones of the same number with `model.set_env(env)` before."
+            ) from error
+        index = find_environment(error, self.env)
+        if index is not None:
+            add_note(error, f"Raised by environment {index} at step {steps[index]} of its episode, {where}.")
+
+    # ------------------------------------------------------------------ saving, names
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save all the attributes of the object and the model parameters in a zip-file.
+
+        Unlike SB3's, it leaves a file of that name as it was until the new one is complete: a crash or a full disk
+        never costs both.
+
+        :param path: path to the file where the rl agent should be saved
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        """
+        if not isinstance(path, (str, pathlib.Path)):
+            super().save(path, exclude, include)
+            return
+        with atomic_write(path if pathlib.Path(path).suffix else f"{path}.zip") as file:
+            super().save(file, exclude, include)  # type: ignore[arg-type]  # BinaryIO is one for all that SB3 does
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """
+        Load parameters from a given zip-file or a nested dictionary containing parameters for different modules.
+
+        Unlike SB3's, it loads all of them or, if it raises an error, none.
+
+        :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
+            containing nn.Module parameters used by the policy
+        :param exact_match: If True, the given parameters should include parameters for each module and each of their
+            parameters
+        :param device: Device on which the code should run
+        """
+        before = copy.deepcopy(self.get_parameters())
+        try:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        except BaseException:
+            with uninterrupted():
+                super().set_parameters(before)  # type: ignore[arg-type]  # what SB3 itself returns
+            raise
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_actor", "_before_update", "_normalize_statistics"]
+
+    def _in_flight_params(self) -> list[str]:
+        """Names of the attributes that belong to episodes in flight, and are of no use without their environments."""
+        return ["rollout_buffer", "_last_obs", "_last_episode_starts", "_last_original_obs"]
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name not in self.policy_aliases:
+            raise ValueError(
+                f"`policy` {policy_name!r} is unknown. Use one of {sorted(self.policy_aliases)}, or a policy class "
+                "(a subclass of stable_baselines3.common.policies.ActorCriticPolicy)."
+            )
+        return self.policy_aliases[policy_name]
+
+
+def _fused(optimizer: th.optim.Optimizer) -> th.optim.Optimizer:
+    """
+    The same Adam in one kernel, which is several times faster for small networks, unless ``optimizer_kwargs`` chose otherwise.
+
+    :param optimizer: A new optimizer
+    :return: The fused one, or the one given where torch has no fused kernel for it
+    """
+    defaults = optimizer.defaults
+    has_choice = defaults.get("fused") is not None or defaults.get("foreach") is not None
+    if type(optimizer) is not th.optim.Adam or has_choice or len(optimizer.param_groups) != 1:
+        return optimizer
+    try:
+        return th.optim.Adam(optimizer.param_groups[0]["params"], **{**defaults, "fused": True})
+    except RuntimeError:
+        # Not on this device
+        return optimizer
+
+
+def _concatenate(tensors: list[th.Tensor]) -> np.ndarray:
+    """One array of tensors ``(n_i,)``, which most often is one tensor."""
+    return (tensors[0] if len(tensors) == 1 else th.cat(tensors)).cpu().numpy()
+
+
+def _copy_nested(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a dict and of the dicts in it, so that nothing is ever written into the caller's."""
+    return {key: _copy_nested(value) if isinstance(value, dict) else value for key, value in kwargs.items()}

@@ -1,0 +1,146 @@
+"""Episodic A2C that never chooses an invalid action."""
+
+from typing import Any, ClassVar
+
+import numpy as np
+from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+from sb3_contrib.ppo_mask.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_episodic_a2c.episodic_a2c import EpisodicA2C
+
+
+class MaskableEpisodicA2C(EpisodicA2C):
+    """
+    Episodic A2C with invalid action masking (Huang & Ontañón, 2020, https://arxiv.org/abs/2006.14171).
+
+    The environment says at every step which actions are valid, through a method ``action_masks()`` of its own or one that
+    ``sb3_contrib.common.wrappers.ActionMasker`` gives it: ``(n,)`` booleans for ``Discrete(n)``, ``(sum(nvec),)`` for
+    ``MultiDiscrete(nvec)``, ``(2 * n,)`` for ``MultiBinary(n)`` (0 allowed, 1 allowed, for each bit). The masks are stored
+    with the step, so training sees the distribution that was sampled from.
+
+    Where it differs from :class:`EpisodicA2C`: sb3-contrib's maskable policies, which have neither continuous actions nor
+    gSDE; ``predict`` takes ``action_masks``. Where it differs from MaskablePPO: ``use_masking`` is an argument of the
+    constructor, not of ``learn``, so it is saved with the model; a state with no valid action is refused, not sampled
+    from at random.
+
+    All other arguments are those of :class:`EpisodicA2C`.
+
+    :param policy: The policy model to use (``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or a subclass of
+        sb3-contrib's ``MaskableActorCriticPolicy``)
+    :param use_masking: Whether to ask the environment for masks in training. False: as :class:`EpisodicA2C`
+    :raises ValueError: As :class:`EpisodicA2C`; in ``learn``, if the environment has no masks, masks of another size than its
+        action space, or a state with no valid action
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    supported_action_spaces: ClassVar[tuple[type[spaces.Space], ...]] = (
+        spaces.Discrete,
+        spaces.MultiDiscrete,
+        spaces.MultiBinary,
+    )
+    policy: MaskableActorCriticPolicy  # type: ignore[assignment]  # not a subclass of SB3's
+
+    def __init__(
+        self,
+        policy: str | type[MaskableActorCriticPolicy],
+        env: GymEnv | str,
+        *args: Any,
+        use_masking: bool = True,
+        _init_setup_model: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        # Not a subclass of SB3's policy; and nobody passes the last argument of the base class by position
+        super().__init__(policy, env, *args, _init_setup_model=False, **kwargs)  # type: ignore[arg-type,misc]
+        self.use_masking = use_masking
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        if not isinstance(self.use_masking, bool):
+            raise ValueError(f"`use_masking` is {self.use_masking!r}. It must be True or False.")
+        if not issubclass(self.policy_class, MaskableActorCriticPolicy):
+            raise ValueError(
+                f"`policy` {self.policy_class.__name__} knows no action masks: use one of {sorted(self.policy_aliases)}, or a "
+                "subclass of sb3_contrib.common.maskable.policies.MaskableActorCriticPolicy."
+            )
+        super()._setup_model()
+        self._n_choices = _count_choices(self.action_space)
+        """Actions to choose from in each dimension of the action space: the mask has one entry for each of them."""
+
+    def _start_rollout(self, env: VecEnv) -> None:
+        if self.use_masking and not is_masking_supported(env):
+            raise ValueError(
+                "`env` has no method `action_masks`: add it, wrap each environment in "
+                "sb3_contrib.common.wrappers.ActionMasker, or set use_masking=False."
+            )
+
+    def _policy_inputs(self, env: VecEnv) -> dict[str, np.ndarray]:
+        if not self.use_masking:
+            return {}
+        action_masks = np.asarray(get_action_masks(env), dtype=bool).reshape(env.num_envs, -1)
+        _check_masks(action_masks, self._n_choices)
+        return {"action_masks": action_masks}
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Get the policy action from an observation.
+
+        :param observation: ``(*obs_shape)`` or ``(n_envs, *obs_shape)``, or a dict of such arrays
+        :param state: Ignored and given back: the policy has no memory
+        :param episode_start: Ignored
+        :param deterministic: Whether to return the most probable action instead of a sample
+        :param action_masks: The valid actions, ``(n,)`` or ``(n_envs, n)``; None: all are
+        :return: the action, ``(*action_shape)`` or ``(n_envs, *action_shape)``, and ``state``
+        """
+        return self.policy.predict(observation, state, episode_start, deterministic, action_masks=action_masks)
+
+
+def _count_choices(action_space: spaces.Space) -> np.ndarray:
+    """Number of actions to choose from in each dimension of the action space, ``(n_dimensions,)``."""
+    if isinstance(action_space, spaces.Discrete):
+        return np.array([action_space.n])
+    if isinstance(action_space, spaces.MultiDiscrete):
+        return np.asarray(action_space.nvec)
+    assert isinstance(action_space, spaces.MultiBinary)
+    return np.full(action_space.shape, 2)
+
+
+def _check_masks(action_masks: np.ndarray, n_choices: np.ndarray) -> None:
+    """
+    Refuse masks that do not fit the action space, or that allow nothing.
+
+    :param action_masks: ``(n_envs, n)`` booleans
+    :param n_choices: ``(n_dimensions,)`` actions to choose from in each dimension of the action space
+    :raises ValueError: It names the environment and the remedy
+    """
+    n_expected = int(n_choices.sum())
+    if action_masks.shape[1] != n_expected:
+        raise ValueError(
+            f"`action_masks()` of `env` returned {action_masks.shape[1]} entries, but its action space has {n_expected} "
+            f"(choices in each dimension: {n_choices.tolist()}): return one boolean for each of them."
+        )
+    has_choice = np.logical_or.reduceat(action_masks, np.cumsum(n_choices) - n_choices, axis=1)
+    if not has_choice.all():
+        # Equal logits would be left, so that an invalid action would be chosen at random
+        env_index, dimension = np.argwhere(~has_choice)[0]
+        raise ValueError(
+            f"`action_masks()` of environment {env_index} allows no action in dimension {dimension}: end the episode in "
+            "such a state, or let an action that does nothing be valid there."
+        )

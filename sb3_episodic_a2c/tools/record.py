@@ -1,0 +1,182 @@
+"""Play greedy episodes of a saved model and write them as a GIF at the environment's own frame rate."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sb3_contrib
+import stable_baselines3
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+import sb3_episodic_a2c
+
+DEFAULT_FPS = 30.0
+"""For environments that name no ``render_fps``."""
+
+
+def play_episodes(
+    model: BaseAlgorithm, env: VecEnv, n_episodes: int = 1, max_steps: int | None = None, deterministic: bool = True
+) -> tuple[list[np.ndarray], list[float]]:
+    """
+    Play episodes and keep every frame.
+
+    :param model: The agent
+    :param env: One environment, made with ``render_mode="rgb_array"``
+    :param n_episodes: Number of episodes to play
+    :param max_steps: The most steps in all; None: no limit
+    :param deterministic: Whether to take the most likely action instead of sampling
+    :return: The frames, ``(height, width, 3)`` uint8 each, one for every observation that an action was chosen for; and the
+        sum of rewards of each episode (of the last one as far as it was played)
+    :raises ValueError: The environment is not one that renders arrays
+    """
+    if n_episodes < 1:
+        raise ValueError(f"`n_episodes` is {n_episodes}. It must be an integer >= 1.")
+    if env.num_envs != 1 or env.render_mode != "rgb_array":
+        raise ValueError(
+            f"`env` has num_envs={env.num_envs} and render_mode={env.render_mode!r}. Make it with "
+            'make_vec_env(env_id, n_envs=1, env_kwargs={"render_mode": "rgb_array"}).'
+        )
+    frames: list[np.ndarray] = []
+    episode_rewards = [0.0]
+    obs = env.reset()
+    state: Any = None
+    episode_start = np.ones((1,), dtype=bool)
+    while max_steps is None or len(frames) < max_steps:
+        frames.append(_render(env))
+        actions, state = model.predict(obs, state=state, episode_start=episode_start, deterministic=deterministic)  # type: ignore[arg-type]
+        obs, rewards, episode_start, _ = env.step(actions)
+        episode_rewards[-1] += float(rewards[0])
+        # A VecEnv has then reset already: the state that ended the episode cannot be rendered any more
+        if episode_start[0]:
+            if len(episode_rewards) == n_episodes:
+                break
+            episode_rewards.append(0.0)
+    return frames, episode_rewards
+
+
+def _render(env: VecEnv) -> np.ndarray:
+    frame = env.render()
+    if frame is None:
+        raise ValueError("`env` rendered nothing: its `render()` must return an array of pixels.")
+    # pygame reuses the surface behind the array
+    return np.array(frame)
+
+
+def write_gif(frames: list[np.ndarray], path: str | Path, fps: float) -> Path:
+    """
+    Write frames as an animated GIF that loops forever.
+
+    GIF measures time in hundredths of a second, and viewers slow down below two of them. So frames are placed on that grid
+    without accumulating error: the playing time is right, and at more than 50 frames/s some frames are dropped.
+
+    :param frames: ``(height, width, 3)`` uint8 each
+    :param path: The file to write; its folder is made if it is missing
+    :param fps: Frames per second of the environment
+    :return: The path
+    :raises ValueError: There are no frames, or ``fps`` is not positive
+    """
+    from PIL import Image
+
+    if not frames:
+        raise ValueError("`frames` is empty: there is nothing to write.")
+    if not fps > 0:
+        raise ValueError(f"`fps` is {fps}. It must be a number > 0, e.g. {DEFAULT_FPS}.")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept: list[int] = []
+    starts: list[int] = []
+    for index in range(len(frames)):
+        start = round(100 * index / fps)
+        if not starts or start - starts[-1] >= 2:
+            kept.append(index)
+            starts.append(start)
+    durations = np.diff([*starts, max(round(100 * len(frames) / fps), starts[-1] + 2)])
+    # One palette for all frames, taken from a few of them: with one palette a frame, colours would flicker
+    sample = np.concatenate([frames[index] for index in kept[:: max(1, len(kept) // 8)]])
+    palette = Image.fromarray(sample).quantize(colors=256)
+    images = [Image.fromarray(frames[index]).quantize(palette=palette, dither=Image.Dither.NONE) for index in kept]
+    images[0].save(
+        path, save_all=True, append_images=images[1:], duration=[int(10 * d) for d in durations], loop=0, optimize=True
+    )
+    return path
+
+
+def record_gif(
+    model: BaseAlgorithm,
+    env_id: str,
+    path: str | Path,
+    n_episodes: int = 1,
+    seed: int | None = None,
+    max_steps: int | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+    vec_normalize_path: str | Path | None = None,
+) -> list[float]:
+    """
+    Play greedy episodes in a fresh environment and write them as a GIF at its own frame rate.
+
+    :param model: The agent
+    :param env_id: Id of the environment
+    :param path: The file to write
+    :param n_episodes: Number of episodes to play
+    :param seed: Seed of the environment
+    :param max_steps: The most steps in all; None: no limit
+    :param env_kwargs: Arguments to make the environment with
+    :param vec_normalize_path: Saved statistics of the ``VecNormalize`` that the agent was trained under
+    :return: The sum of rewards of each episode
+    """
+    env = make_vec_env(env_id, n_envs=1, seed=seed, env_kwargs={**(env_kwargs or {}), "render_mode": "rgb_array"})
+    if vec_normalize_path is not None:
+        env = VecNormalize.load(str(vec_normalize_path), env)
+        env.training = False
+        env.norm_reward = False
+    # Images are put channels first, as in training
+    env = BaseAlgorithm._wrap_env(env)
+    try:
+        fps: Any = env.metadata.get("render_fps") or DEFAULT_FPS
+        frames, episode_rewards = play_episodes(model, env, n_episodes, max_steps)
+        write_gif(frames, path, fps)
+    finally:
+        env.close()
+    return episode_rewards
+
+
+def _algorithm_class(name: str) -> type[BaseAlgorithm]:
+    for package in (sb3_episodic_a2c, stable_baselines3, sb3_contrib):
+        candidate = getattr(package, name, None)
+        if isinstance(candidate, type) and issubclass(candidate, BaseAlgorithm):
+            return candidate
+    raise ValueError(
+        f"`--algo` {name!r} is no algorithm of sb3_episodic_a2c, stable_baselines3 or sb3_contrib: try e.g. EpisodicA2C, PPO."
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, type=Path, help="zip of the model")
+    parser.add_argument(
+        "--algo", default="EpisodicA2C", help="class of the model: ours, SB3's or sb3-contrib's (default: %(default)s)"
+    )
+    parser.add_argument("--env", required=True, help="id of the environment, e.g. CartPole-v1")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="the GIF to write")
+    parser.add_argument("--n-episodes", type=int, default=1, help="episodes to play (default: 1)")
+    parser.add_argument("--max-steps", type=int, help="the most steps in all (default: no limit)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the environment (default: 0)")
+    parser.add_argument("--vec-normalize", type=Path, help="saved VecNormalize statistics (.pkl) of the training")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if not arguments.model.is_file():
+        raise ValueError(f"`--model` {arguments.model} is not a file: give the zip that `model.save` or `solve` wrote.")
+    model = _algorithm_class(arguments.algo).load(arguments.model, device="cpu")
+    episode_rewards = record_gif(
+        model,
+        arguments.env,
+        arguments.output,
+        n_episodes=arguments.n_episodes,
+        seed=arguments.seed,
+        max_steps=arguments.max_steps,
+        vec_normalize_path=arguments.vec_normalize,
+    )
+    print(f"Wrote {arguments.output}: rewards {', '.join(f'{reward:g}' for reward in episode_rewards)}")

@@ -1,0 +1,306 @@
+"""
+RL Zoo (https://github.com/DLR-RM/rl-baselines3-zoo) with our algorithms registered: its scripts, our hyperparameters.
+
+The Zoo has no plugin hook: an algorithm exists in it once it is in the dict ``rl_zoo3.ALGOS``, and in two more dicts for its
+hyperparameter search. :func:`register` puts ours there, for people who drive the Zoo from Python. :func:`launch` is the
+command line.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stable_baselines3.common.utils import LinearSchedule
+from torch import nn
+
+import sb3_episodic_a2c
+from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C
+
+if TYPE_CHECKING:
+    import optuna
+
+ALGORITHMS: dict[str, type[EpisodicA2C]] = {
+    "episodic_a2c": EpisodicA2C,
+    "episodic_a2c_mask": MaskableEpisodicA2C,
+    "episodic_a2c_lstm": RecurrentEpisodicA2C,
+}
+"""Zoo id: the algorithm."""
+
+DEFAULT_ALGORITHM = "episodic_a2c"
+
+LOG_FOLDER = "logs"
+"""Where the Zoo's ``train`` writes by default."""
+
+NET_ARCHS: dict[str, list[int]] = {"tiny": [64], "small": [64, 64], "medium": [128, 128], "big": [256, 256]}
+
+ACTIVATION_FNS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+
+
+def config_path(name: str) -> Path:
+    """
+    :param name: Zoo id of one of our algorithms, or ``"notebook"``
+    :return: Its file of hyperparameters, one entry an environment: in a wheel inside the package, in a checkout beside it
+    :raises ValueError: There is none of that name
+    """
+    package = Path(sb3_episodic_a2c.__file__).parent
+    for folder in (package, package.parent):
+        path = folder / "zoo_configs" / f"{name}.yml"
+        if path.is_file():
+            return path
+    raise ValueError(f"There is no zoo_configs/{name}.yml. Use one of {sorted([*ALGORITHMS, 'notebook'])}.")
+
+
+# ------------------------------------------------------------------ registration
+
+
+def register() -> None:
+    """
+    Make RL Zoo know our algorithms, their samplers and their converters. Calling it again changes nothing.
+
+    Call it in every process that uses them, before the Zoo parses arguments. Hyperparameters are still read from the file that
+    the Zoo is told: ``config=str(config_path("episodic_a2c"))``.
+
+    :raises ImportError: RL Zoo is not installed
+    """
+    from rl_zoo3 import ALGOS
+    from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+
+    # In place: other modules of the Zoo have imported these very objects by name
+    ALGOS.update(ALGORITHMS)
+    HYPERPARAMS_SAMPLER.update(
+        {"episodic_a2c": sample_params, "episodic_a2c_mask": sample_params, "episodic_a2c_lstm": sample_lstm_params}
+    )
+    HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_params))
+
+
+# ------------------------------------------------------------------ hyperparameter search
+
+
+def sample_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    Sample hyperparameters of :class:`EpisodicA2C` or :class:`MaskableEpisodicA2C`.
+
+    The number of environments and their wrappers are not searched: the Zoo takes them from the config (``-params n_envs:8``).
+
+    :param trial: Where they are drawn from
+    :param n_actions: Dimension of a Box action space, 0 for any other
+    :param n_envs: Number of environments
+    :param additional_args: For off-policy algorithms; ignored
+    :return: Arguments of the constructor
+    """
+    return _arguments(_suggest(trial, n_actions, n_envs))
+
+
+def sample_lstm_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """Sample hyperparameters of :class:`RecurrentEpisodicA2C`, see :func:`sample_params`."""
+    sampled_params = {
+        **_suggest(trial, n_actions, n_envs),
+        "lstm_hidden_size": trial.suggest_categorical("lstm_hidden_size", [16, 32, 64, 128, 256]),
+        "enable_critic_lstm": trial.suggest_categorical("enable_critic_lstm", [False, True]),
+    }
+    return _arguments(sampled_params)
+
+
+def _suggest(trial: "optuna.Trial", n_actions: int, n_envs: int) -> dict[str, Any]:
+    sampled_params: dict[str, Any] = {
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-4, 0.1, log=True),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 2e-2, log=True),
+        "lr_schedule": trial.suggest_categorical("lr_schedule", ["constant", "linear"]),
+        # 1, 2, 4 or 8
+        "n_episodes_pow": trial.suggest_int("n_episodes_pow", 0, 3),
+        "standardize_returns": trial.suggest_categorical("standardize_returns", ["running", "episode", "rollout", None]),
+        "ent_coef": trial.suggest_float("ent_coef", 1e-8, 0.1, log=True),
+        "vf_coef": trial.suggest_float("vf_coef", 0.1, 2.0, log=True),
+        "huber_delta": trial.suggest_categorical("huber_delta", [0.3, 1.0, 10.0]),
+        # The gradient is a sum over all transitions, so the values are larger than A2C's. Under Adam, one that always clips
+        # gives every update the same weight, however long its episodes
+        "max_grad_norm": trial.suggest_categorical("max_grad_norm", [None, 1.0, 10.0, 100.0]),
+        "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS)),
+        "activation_fn": trial.suggest_categorical("activation_fn", list(ACTIVATION_FNS)),
+    }
+    if n_envs > 1:
+        sampled_params["partial_episodes"] = trial.suggest_categorical("partial_episodes", ["carry", "discard"])
+    if n_actions > 0:
+        sampled_params["use_sde"] = trial.suggest_categorical("use_sde", [False, True])
+        sampled_params["sde_sample_freq"] = trial.suggest_categorical("sde_sample_freq", [-1, 4, 8, 16, 64])
+        sampled_params["log_std_init"] = trial.suggest_float("log_std_init", -2.0, 1.0)
+    # Display true values
+    trial.set_user_attr("gamma", 1 - sampled_params["one_minus_gamma"])
+    trial.set_user_attr("n_episodes", 2 ** sampled_params["n_episodes_pow"])
+    return sampled_params
+
+
+def convert_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param sampled_params: What a trial stores
+    :return: Hyperparameters as they stand in a config: arguments of the constructor, but for the learning rate, where the
+        Zoo turns ``"lin_0.003"`` into a schedule
+    """
+    params = dict(sampled_params)
+    if params.pop("lr_schedule") == "linear":
+        params["learning_rate"] = f"lin_{params['learning_rate']}"
+    params["gamma"] = 1 - params.pop("one_minus_gamma")
+    params["n_episodes"] = 2 ** params.pop("n_episodes_pow")
+    # The critic needs units for the value at a time limit
+    params["handle_timeout_termination"] = params["standardize_returns"] in ("running", None)
+    net_arch = NET_ARCHS[params.pop("net_arch")]
+    policy_kwargs = {
+        "net_arch": {"pi": list(net_arch), "vf": list(net_arch)},
+        "activation_fn": ACTIVATION_FNS[params.pop("activation_fn")],
+    }
+    for name in ("log_std_init", "lstm_hidden_size", "enable_critic_lstm"):
+        if name in params:
+            policy_kwargs[name] = params.pop(name)
+    return {**params, "policy_kwargs": policy_kwargs}
+
+
+def _arguments(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the constructor: in a search, unlike everywhere else, the Zoo makes no schedules."""
+    arguments = convert_params(sampled_params)
+    if sampled_params["lr_schedule"] == "linear":
+        arguments["learning_rate"] = LinearSchedule(sampled_params["learning_rate"], 0.0, 1.0)
+    return arguments
+
+
+# ------------------------------------------------------------------ command line
+
+
+def launch(command: str, arguments: list[str]) -> None:
+    """
+    Run a script of RL Zoo with our algorithms registered.
+
+    :param command: Name of the script
+    :param arguments: Its arguments, every one of which it is given. Ours come before them, so that the user's win
+    :raises ImportError: The extra ``zoo`` is not installed
+    """
+    register()
+    if command == "record_training":
+        # ffmpeg looks for the videos that upstream lists in a file relative to that file, so a relative folder finds none
+        output_folder = _given(arguments, "-o", "--output-folder")
+        arguments = [*arguments, "--output-folder", os.path.abspath(output_folder)] if output_folder else arguments
+    with contextlib.ExitStack() as stack:
+        argv = [f"python -m sb3_episodic_a2c {command}", *_default_arguments(command, arguments), *arguments]
+        stack.enter_context(_replaced(sys, "argv", argv))
+        if command in ("plot_train", "all_plots", "plot_from_file"):
+            getattr(importlib.import_module("rl_zoo3.plots"), command)()
+        elif command in ("train", "enjoy"):
+            module = importlib.import_module(f"rl_zoo3.{command}")
+            if command == "train":
+                stack.enter_context(_replaced(module, "ExperimentManager", fix_experiment_manager(module.ExperimentManager)))
+            getattr(module, command)()
+        else:
+            stack.enter_context(_replaced(subprocess, "call", _call_our_launcher))
+            if command == "record_training":
+                stack.enter_context(_ffmpeg_on_path())
+            elif command == "benchmark":
+                # It writes its table there, and fails at the very end if the folder is missing
+                os.makedirs(_given(arguments, "--benchmark-dir") or "logs/benchmark/", exist_ok=True)
+            # These scripts are all main guard, or have not even that
+            runpy.run_module(f"rl_zoo3.{command}", run_name="__main__")
+
+
+def _default_arguments(command: str, arguments: list[str]) -> list[str]:
+    """Our default algorithm and its hyperparameters; and where the Zoo's ``train`` writes is where the others look."""
+    if command == "plot_from_file":
+        return []
+    if command == "benchmark":
+        return ["--log-dir", LOG_FOLDER]
+    if command == "plot_train":
+        return ["--algo", DEFAULT_ALGORITHM, "--exp-folder", LOG_FOLDER]
+    if command == "all_plots":
+        return ["--algos", DEFAULT_ALGORITHM, "--exp-folders", LOG_FOLDER]
+    algorithm = _given(arguments, "--algo") or DEFAULT_ALGORITHM
+    defaults = ["--algo", DEFAULT_ALGORITHM]
+    if algorithm in ALGORITHMS:
+        # Of its own algorithms, the Zoo has hyperparameters, and trained agents to download
+        defaults += ["--conf-file", str(config_path(algorithm))] if command == "train" else ["--folder", LOG_FOLDER]
+    return defaults
+
+
+def _given(arguments: list[str], *names: str) -> str | None:
+    """What the user has given for one of the Zoo's options, which the Zoo will parse again."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(*names, dest="value")
+    return parser.parse_known_args(arguments)[0].value
+
+
+def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
+    """
+    :param experiment_manager: ``rl_zoo3.exp_manager.ExperimentManager``
+    :return: It, with two upstream bugs worked around
+    """
+
+    class ExperimentManager(experiment_manager):
+        custom_hyperparams: dict[str, Any] | None
+
+        def create_log_folder(self) -> None:
+            # Upstream makes a run folder, with a Monitor file in it, for a hyperparameter search too, which is never used:
+            # `enjoy` then takes it for the latest run and finds no model in it
+            if not self.optimize_hyperparameters:
+                super().create_log_folder()
+
+        def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> Any:
+            return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
+
+        def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+            # Upstream tests `if self.trial_id`, so that `--trial-id 0` is ignored
+            if self.storage and self.study_name and self.trial_id == 0:
+                trial_params = self.load_trial(self.storage, self.study_name, 0)
+                self.custom_hyperparams = {**trial_params, **(self.custom_hyperparams or {})}
+            return super().read_hyperparameters()
+
+    return ExperimentManager
+
+
+_subprocess_call = subprocess.call
+
+
+def _call_our_launcher(command: Any, *args: Any, **kwargs: Any) -> int:
+    """
+    ``subprocess.call`` for the Zoo's scripts that start others.
+
+    ``record_training`` starts ``python -m rl_zoo3.record_video``, where our algorithms are not registered, and ``benchmark``
+    starts ``python enjoy.py``, which only a checkout of the Zoo has. ``python`` may not be the interpreter that runs this.
+    """
+    for script, start in {"record_video": ["python", "-m", "rl_zoo3.record_video"], "enjoy": ["python", "enjoy.py"]}.items():
+        if isinstance(command, list) and command[: len(start)] == start:
+            command = [sys.executable, "-m", "sb3_episodic_a2c", script, *command[len(start) :]]
+    return _subprocess_call(command, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _ffmpeg_on_path() -> Iterator[None]:
+    """``record_training`` joins its videos with the command ``ffmpeg``; moviepy comes with a binary of another name."""
+    if shutil.which("ffmpeg") is not None or importlib.util.find_spec("imageio_ffmpeg") is None:
+        yield
+        return
+    binary = importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "ffmpeg").symlink_to(binary)
+        path = os.environ.get("PATH", os.defpath)
+        os.environ["PATH"] = os.pathsep.join([path, folder])
+        try:
+            yield
+        finally:
+            os.environ["PATH"] = path
+
+
+@contextlib.contextmanager
+def _replaced(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute for the time of a ``with`` block."""
+    original = getattr(target, name)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        setattr(target, name, original)

@@ -1,0 +1,507 @@
+"""Two actors, one distribution; and no stale parameters."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from scipy import stats
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from torch import nn
+from torch.nn.utils import prune
+
+from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, SharedMlpPolicy, actors
+from sb3_episodic_a2c.actors import (
+    NUMPY_ACTIVATIONS,
+    TORCH_ACTIVATIONS,
+    NumpyActor,
+    TorchActor,
+    make_actor,
+    reason_against_numpy,
+)
+from tests.envs import ACTION_SPACES, OBSERVATION_SPACES, TargetEnv, vectorized
+
+ACTIVATIONS = [*NUMPY_ACTIVATIONS, *TORCH_ACTIVATIONS]
+BOX = spaces.Box(-10, 10, (3,))
+
+
+def make_policy(
+    action_space: spaces.Space,
+    observation_space: spaces.Space = BOX,
+    policy_class: type = ActorCriticPolicy,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Any:
+    """A policy far from its initialisation, where all actions are about equally likely."""
+    th.manual_seed(seed)
+    policy = policy_class(observation_space, action_space, lambda _: 1e-3, **kwargs)
+    with th.no_grad():
+        for parameter in policy.parameters():
+            parameter.copy_(0.6 * th.randn_like(parameter))
+    if kwargs.get("use_sde"):
+        policy.reset_noise(4)
+    return policy
+
+
+# ---------------------------------------------------------------------- the same logits and means
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    activation=st.sampled_from(ACTIVATIONS),
+    net_arch=st.lists(st.integers(1, 40), max_size=4),
+    is_shared=st.booleans(),
+    obs_shape=st.lists(st.integers(1, 5), min_size=1, max_size=2),
+    dtype=st.sampled_from([np.float32, np.float64, np.int32]),
+    action_space=st.sampled_from(
+        [spaces.Discrete(5), spaces.Box(-1, 1, (2, 2)), spaces.MultiDiscrete([2, 4]), spaces.MultiBinary(3)]
+    ),
+    n_envs=st.integers(1, 9),
+    seed=st.integers(0, 10_000),
+)
+def test_numpy_outputs_are_torchs(
+    activation: Any, net_arch: list, is_shared: bool, obs_shape: list, dtype: Any, action_space: Any, n_envs: int, seed: int
+) -> None:
+    observation_space = spaces.Box(-100, 100, tuple(obs_shape), dtype=dtype)
+    policy = make_policy(
+        action_space,
+        observation_space,
+        SharedMlpPolicy if is_shared else ActorCriticPolicy,
+        seed=seed,
+        net_arch=net_arch if is_shared else {"pi": net_arch, "vf": [3]},
+        activation_fn=activation,
+    )
+    observation_space.seed(seed)
+    observations = np.stack([observation_space.sample() for _ in range(n_envs)])
+    before = observations.copy()
+    actor = make_actor(policy, "numpy", np.random.default_rng(0))
+    assert isinstance(actor, NumpyActor)
+    _, output = actor.latent_and_output(observations)
+    with th.no_grad():
+        features = policy.extract_features(th.as_tensor(observations), policy.pi_features_extractor)
+        expected = policy.action_net(policy.mlp_extractor.forward_actor(features)).numpy()
+    assert output.dtype == np.float32
+    scale = max(1.0, float(np.abs(expected).max()))
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5 * scale)
+    np.testing.assert_array_equal(observations, before)
+
+
+def test_layers_without_bias_and_parametrised_activations() -> None:
+    policy = make_policy(spaces.Discrete(3), net_arch={"pi": [7, 6], "vf": [3]})
+    layers = [nn.ELU(0.3), nn.Linear(3, 7, bias=False), nn.LeakyReLU(0.2), nn.Tanh(), nn.Linear(7, 6), nn.GELU("tanh")]
+    policy.mlp_extractor.policy_net = nn.Sequential(*layers)
+    observations = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    before = observations.copy()
+    for n in (1, 5):
+        _, output = NumpyActor(policy, np.random.default_rng(0)).latent_and_output(observations[:n])
+        with th.no_grad():
+            expected = policy.action_net(policy.mlp_extractor.policy_net(th.as_tensor(observations[:n]))).numpy()
+        np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(observations, before)
+
+
+# ---------------------------------------------------------------------- the same distribution
+
+N_SAMPLES = 20_000
+
+
+def samples(
+    actor: Any, observation: np.ndarray, policy_inputs: dict[str, np.ndarray] | None = None, n_envs: int = 200
+) -> np.ndarray:
+    """``(N_SAMPLES, ...)`` actions for one observation: several environments at a time, and one for the last ones."""
+    inputs = policy_inputs or {}
+    parts = []
+    for n, times in ((n_envs, N_SAMPLES // n_envs - 5), (1, 5 * n_envs)):
+        observations = np.repeat(observation[None], n, axis=0)
+        repeated = {name: np.repeat(value[None], n, axis=0) for name, value in inputs.items()}
+        parts += [actor.sample(observations, repeated) for _ in range(times)]
+    return np.concatenate(parts)
+
+
+def assert_frequencies(counts: np.ndarray, probabilities: np.ndarray) -> None:
+    assert counts[probabilities == 0].sum() == 0
+    expected = probabilities * counts.sum()
+    # Rare ones are lumped together, as the test asks for
+    rare = expected < 5
+    if rare.any():
+        counts = np.append(counts[~rare], counts[rare].sum())
+        expected = np.append(expected[~rare], expected[rare].sum())
+        counts, expected = counts[expected > 0], expected[expected > 0]
+    if len(counts) > 1:
+        assert stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("choice", ["numpy", "torch"])
+def test_discrete_frequencies(choice: Any, seed: int) -> None:
+    policy = make_policy(spaces.Discrete(5), seed=seed, net_arch=[8])
+    observation = np.random.default_rng(seed).normal(size=3).astype(np.float32)
+    actions = samples(make_actor(policy, choice, np.random.default_rng(seed)), observation)
+    assert (actions.shape, actions.dtype) == ((N_SAMPLES,), np.int64)
+    probabilities = policy.get_distribution(th.as_tensor(observation[None])).distribution.probs[0].detach().numpy()
+    assert_frequencies(np.bincount(actions, minlength=5), probabilities)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("choice", ["numpy", "torch"])
+def test_multi_discrete_and_multi_binary_frequencies(choice: Any, seed: int) -> None:
+    observation = np.random.default_rng(seed).normal(size=3).astype(np.float32)
+    tensor = th.as_tensor(observation[None])
+    policy = make_policy(spaces.MultiDiscrete([2, 4, 3]), seed=seed, net_arch=[8])
+    actions = samples(make_actor(policy, choice, np.random.default_rng(seed)), observation)
+    assert actions.shape == (N_SAMPLES, 3)
+    for dimension, distribution in enumerate(policy.get_distribution(tensor).distribution):
+        probabilities = distribution.probs[0].detach().numpy()
+        assert_frequencies(np.bincount(actions[:, dimension], minlength=len(probabilities)), probabilities)
+    # Dimensions are independent of each other
+    assert stats.chi2_contingency(np.histogram2d(actions[:, 1], actions[:, 2], bins=(4, 3))[0] + 1e-9).pvalue > 1e-4
+
+    policy = make_policy(spaces.MultiBinary(4), seed=seed, net_arch=[8])
+    actions = samples(make_actor(policy, choice, np.random.default_rng(seed)), observation)
+    assert (actions.shape, actions.dtype) == ((N_SAMPLES, 4), np.float32)
+    probabilities = policy.get_distribution(tensor).distribution.probs[0].detach().numpy()
+    for dimension, probability in enumerate(probabilities):
+        ones = int(actions[:, dimension].sum())
+        assert_frequencies(np.array([N_SAMPLES - ones, ones]), np.array([1 - probability, probability], dtype=np.float64))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("choice", ["numpy", "torch"])
+def test_gaussian_moments(choice: Any, seed: int) -> None:
+    policy = make_policy(spaces.Box(-1, 1, (2, 2)), seed=seed, net_arch=[8])
+    observation = np.random.default_rng(seed).normal(size=3).astype(np.float32)
+    actions = samples(make_actor(policy, choice, np.random.default_rng(seed)), observation)
+    assert (actions.shape, actions.dtype) == ((N_SAMPLES, 2, 2), np.float32)
+    normal = policy.get_distribution(th.as_tensor(observation[None])).distribution
+    flat = actions.reshape(-1, 4)
+    for dimension, (mean, std) in enumerate(zip(normal.mean[0].tolist(), normal.stddev[0].tolist(), strict=True)):
+        assert stats.kstest(flat[:, dimension], "norm", args=(mean, std)).pvalue > 1e-4
+    correlations = np.corrcoef(flat.T) - np.eye(4)
+    assert np.abs(correlations).max() < 4 / np.sqrt(N_SAMPLES)
+    # One after the other neither
+    assert abs(np.corrcoef(flat[:-1, 0], flat[1:, 0])[0, 1]) < 4 / np.sqrt(N_SAMPLES)
+
+
+@pytest.mark.parametrize("squash_output", [True, False])
+@pytest.mark.parametrize("full_std", [True, False])
+@pytest.mark.parametrize("n_envs", [1, 4, 7])
+def test_gsde_actions_are_torchs(squash_output: bool, full_std: bool, n_envs: int) -> None:
+    """gSDE's noise is a function of the policy's exploration matrices: the very actions are the same."""
+    policy = make_policy(spaces.Box(-1, 1, (2,)), use_sde=True, squash_output=squash_output, full_std=full_std, net_arch=[8])
+    observations = np.random.default_rng(0).normal(size=(n_envs, 3)).astype(np.float32)
+    actor = make_actor(policy, "numpy", np.random.default_rng(0))
+    for _ in range(2):
+        policy.reset_noise(4)
+        expected = TorchActor(policy).sample(observations, {})
+        np.testing.assert_allclose(actor.sample(observations, {}), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("action_space", [spaces.Discrete(5), spaces.MultiDiscrete([2, 4, 3]), spaces.MultiBinary(3)], ids=str)
+def test_masked_frequencies(action_space: Any, seed: int) -> None:
+    policy = make_policy(action_space, policy_class=MaskableActorCriticPolicy, seed=seed, net_arch=[8])
+    rng = np.random.default_rng(seed)
+    observation = rng.normal(size=3).astype(np.float32)
+    dims = {spaces.Discrete: [5], spaces.MultiDiscrete: [2, 4, 3], spaces.MultiBinary: [2, 2, 2]}[type(action_space)]
+    mask = np.concatenate([rng.permutation([True, *(rng.random(n - 1) < 0.5)]) for n in dims])
+    actions = samples(make_actor(policy, "numpy", rng), observation, {"action_masks": mask}).reshape(N_SAMPLES, -1)
+    masked = policy.get_distribution(th.as_tensor(observation[None]), action_masks=mask[None])
+    distributions = masked.distributions if hasattr(masked, "distributions") else [masked.distribution]
+    start = 0
+    for dimension, distribution in enumerate(distributions):
+        probabilities = distribution.probs[0].detach().numpy()
+        allowed = mask[start : start + len(probabilities)]
+        start += len(probabilities)
+        counts = np.bincount(actions[:, dimension].astype(int), minlength=len(probabilities))
+        assert counts[~allowed].sum() == 0
+        assert_frequencies(counts, np.where(allowed, probabilities, 0).astype(np.float64))
+
+
+# ---------------------------------------------------------------------- nothing stale
+
+
+def outputs(model: EpisodicA2C) -> tuple[np.ndarray, np.ndarray]:
+    """What the NumPy actor computes at the next action, and what torch does."""
+    observations = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    actor = model._actor
+    assert isinstance(actor, NumpyActor)
+    with th.no_grad():
+        features = model.policy.extract_features(th.as_tensor(observations), model.policy.pi_features_extractor)
+        expected = model.policy.action_net(model.policy.mlp_extractor.forward_actor(features)).numpy()  # type: ignore[arg-type]
+    return actor.latent_and_output(observations)[1].copy(), expected.copy()
+
+
+def step_optimizer(model: EpisodicA2C, tmp_path: Any) -> None:
+    for parameter in model.policy.parameters():
+        parameter.grad = th.ones_like(parameter)
+    model.policy.optimizer.step()
+
+
+def set_parameters(model: EpisodicA2C, tmp_path: Any) -> None:
+    model.set_parameters(EpisodicA2C("MlpPolicy", "CartPole-v1", seed=5).get_parameters())
+
+
+def load_policy_state(model: EpisodicA2C, tmp_path: Any) -> None:
+    model.policy.load_state_dict(EpisodicA2C("MlpPolicy", "CartPole-v1", seed=5).policy.state_dict())
+
+
+def replace_data(model: EpisodicA2C, tmp_path: Any) -> None:
+    model.policy.action_net.weight.data = th.randn(2, 64)
+
+
+def replace_data_at_the_old_address(model: EpisodicA2C, tmp_path: Any) -> None:
+    """Freed memory is handed out again at once, unless the actor holds it."""
+    for _ in range(5):
+        model.policy.action_net.weight.data = th.randn(2, 64)
+
+
+def replace_parameter(model: EpisodicA2C, tmp_path: Any) -> None:
+    model.policy.action_net.weight = nn.Parameter(th.randn(2, 64))
+
+
+def write_in_place(model: EpisodicA2C, tmp_path: Any) -> None:
+    with th.no_grad():
+        model.policy.mlp_extractor.policy_net[0].weight.mul_(3.0)
+
+
+def keep_training(model: EpisodicA2C, tmp_path: Any) -> None:
+    model.learn(300)
+
+
+CHANGES = [
+    *(step_optimizer, set_parameters, load_policy_state, replace_data, replace_data_at_the_old_address),
+    *(replace_parameter, write_in_place, keep_training),
+]
+
+
+@pytest.mark.parametrize("is_on_another_device", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_next_action_sees_every_change(
+    change: Any, is_on_another_device: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
+    if is_on_another_device:
+        # There is none here: copies instead of views, which is what the actor makes there
+        monkeypatch.setattr(actors, "_to_numpy", lambda tensor: tensor.detach().cpu().numpy().copy())
+        monkeypatch.setattr(actors, "_is_shareable", lambda action_net: False)
+        model._setup_actor()
+    before, expected = outputs(model)
+    np.testing.assert_allclose(before, expected, rtol=1e-5, atol=1e-6)
+    change(model, tmp_path)
+    if is_on_another_device and change in (step_optimizer, keep_training):
+        # Fused optimizers do not count their changes (`_version`), but a rollout begins after each of their steps
+        model._refresh_actor()
+    after, expected = outputs(model)
+    assert np.abs(after - before).max() > 1e-4
+    np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_replaced_module_or_policy_is_seen_at_the_next_rollout(tmp_path: Any) -> None:
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", seed=0, device="cpu").learn(100)
+    model.policy.mlp_extractor.policy_net[0] = nn.Linear(4, 64)
+    model.learn(20)
+    np.testing.assert_allclose(*outputs(model), rtol=1e-5, atol=1e-5)
+    model.policy = EpisodicA2C("MlpPolicy", "CartPole-v1", seed=5, device="cpu").policy
+    model.learn(20)
+    np.testing.assert_allclose(*outputs(model), rtol=1e-5, atol=1e-5)
+    # What NumPy cannot do
+    model.policy.mlp_extractor.policy_net[1] = nn.Dropout(0.1)
+    model.learn(20)
+    assert isinstance(model._actor, TorchActor)
+    model.save(tmp_path / "model")
+    np.testing.assert_allclose(*outputs(EpisodicA2C.load(tmp_path / "model")), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- which one
+
+
+class OwnDistribution(ActorCriticPolicy):
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Any:
+        return super()._get_action_dist_from_latent(2 * latent_pi)
+
+
+class OwnSampling(ActorCriticPolicy):
+    """As people do it who mask or explore in a way of their own: SB3 collects with `forward`."""
+
+    n_calls = 0
+
+    def forward(self, obs: th.Tensor, deterministic: bool = False) -> Any:
+        OwnSampling.n_calls += 1
+        return super().forward(obs, deterministic)
+
+
+class SquashedPolicy(ActorCriticPolicy):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.action_dist = SquashedDiagGaussianDistribution(1)
+
+
+def test_actions_come_from_the_policys_own_way_of_sampling() -> None:
+    model = EpisodicA2C(OwnSampling, "CartPole-v1", device="cpu")
+    assert "a way of its own" in (reason_against_numpy(model.policy) or "")
+    OwnSampling.n_calls = 0
+    model.learn(50)
+    assert OwnSampling.n_calls == 50
+
+    model = EpisodicA2C(SquashedPolicy, "Pendulum-v1", policy_kwargs={"log_std_init": 2.0}, device="cpu")
+    assert "SquashedDiagGaussianDistribution" in (reason_against_numpy(model.policy) or "")
+    model.learn(200)
+    assert np.abs(model.rollout_buffer.actions).max() <= 1
+
+
+class OwnExtractor(FlattenExtractor):
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return super().forward(observations) ** 2
+
+
+@pytest.mark.parametrize(
+    "policy, observation, policy_kwargs, reason",
+    [
+        ("CnnPolicy", "image", {}, "not flat numbers"),
+        ("MlpPolicy", "image", {}, "not flat numbers"),
+        ("MultiInputPolicy", "dict", {}, "not flat numbers"),
+        ("MlpPolicy", "discrete", {}, "not flat numbers"),
+        (OwnDistribution, "box", {}, "OwnDistribution computes its distribution in a way of its own"),
+        ("MlpPolicy", "box", {"features_extractor_class": OwnExtractor}, "features extractor is a OwnExtractor"),
+        ("MlpPolicy", "box", {"activation_fn": nn.Hardsigmoid}, "a layer Hardsigmoid"),
+    ],
+)
+def test_everything_else_is_done_by_torch(policy: Any, observation: str, policy_kwargs: dict, reason: str) -> None:
+    env = vectorized(lambda _: TargetEnv(OBSERVATION_SPACES[observation], ACTION_SPACES["discrete"]), 1)
+    model = EpisodicA2C(policy, env, policy_kwargs=policy_kwargs, device="cpu")
+    assert isinstance(model._actor, TorchActor)
+    assert reason in (reason_against_numpy(model.policy) or "")
+    model.learn(10)
+    with pytest.raises(ValueError, match=rf'`actor` is "numpy", but.*{reason}.*actor="auto" or "torch"'):
+        EpisodicA2C(policy, env, policy_kwargs=policy_kwargs, actor="numpy")
+
+
+def test_hooks_are_not_passed_over() -> None:
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", device="cpu")
+    model.policy.action_net.register_forward_hook(lambda module, inputs, output: output + 1)
+    assert "hooks" in (reason_against_numpy(model.policy) or "")
+    model.learn(20)
+    assert isinstance(model._actor, TorchActor)
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return x.sum(dim=-1, keepdim=True) + super().forward(x)
+
+
+def remove_bias(policy: Any) -> None:
+    policy.action_net.bias = None
+
+
+def transpose(policy: Any) -> None:
+    # At the same address
+    policy.mlp_extractor.policy_net[2].weight.data = policy.mlp_extractor.policy_net[2].weight.data.T
+
+
+def change_slope(policy: Any) -> None:
+    policy.mlp_extractor.policy_net[1].negative_slope = 0.9
+
+
+def patch_forward(policy: Any) -> None:
+    forward = policy.action_net.forward
+    policy.action_net.forward = lambda x: forward(x) + th.tensor([3.0, 0.0])
+
+
+def replace_hidden_layers(policy: Any) -> None:
+    policy.mlp_extractor.policy_net = Residual(*policy.mlp_extractor.policy_net)
+
+
+@pytest.mark.parametrize(
+    "change, actor",
+    [
+        (remove_bias, "numpy"),
+        (transpose, "numpy"),
+        (change_slope, "numpy"),
+        (patch_forward, "torch"),
+        (replace_hidden_layers, "torch"),
+        (lambda policy: nn.utils.parametrizations.weight_norm(policy.mlp_extractor.policy_net[2]), "torch"),
+        (lambda policy: prune.l1_unstructured(policy.mlp_extractor.policy_net[2], "weight", 0.5), "torch"),
+        (lambda policy: policy.features_extractor.flatten.register_forward_hook(lambda module, x, y: 0 * y), "torch"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:No episode ended")
+def test_a_changed_module_is_seen_at_the_next_rollout(change: Any, actor: str) -> None:
+    policy_kwargs = {"activation_fn": nn.LeakyReLU}
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", policy_kwargs=policy_kwargs, seed=0, device="cpu").learn(100)
+    change(model.policy)
+    model.learn(5)
+    assert model._actor.name == actor
+    if actor == "numpy":
+        np.testing.assert_allclose(*outputs(model), rtol=1e-5, atol=1e-5)
+
+
+def test_the_choice_is_said_and_can_be_forced(capsys: pytest.CaptureFixture, tmp_path: Any) -> None:
+    for actor, name in (("auto", "numpy"), ("numpy", "numpy"), ("torch", "torch")):
+        model = EpisodicA2C("MlpPolicy", "CartPole-v1", actor=actor, verbose=1, device="cpu")  # type: ignore[arg-type]
+        assert f"Sampling actions with the {name} actor" in capsys.readouterr().out
+        assert model._actor.name == name
+        model.save(tmp_path / "model")
+        assert EpisodicA2C.load(tmp_path / "model")._actor.name == name
+    assert MaskableEpisodicA2C("MlpPolicy", "CartPole-v1", use_masking=False)._actor.name == "numpy"
+
+
+@pytest.mark.parametrize("actor", ["numpy", "torch"])
+def test_seeds(actor: Any) -> None:
+    def parameters(seed: int, **kwargs: Any) -> th.Tensor:
+        model = EpisodicA2C("MlpPolicy", "CartPole-v1", actor=actor, seed=seed, device="cpu").learn(300)
+        return th.nn.utils.parameters_to_vector(model.policy.parameters()).detach()
+
+    assert th.equal(parameters(1), parameters(1))
+    assert not th.equal(parameters(1), parameters(2))
+
+    # Reseeding a model repeats what it does from there on
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", actor=actor, learning_rate=0.0, seed=1, device="cpu")
+    env: Any = model.get_env()
+    observations = env.reset()
+    drawn = []
+    for _ in range(2):
+        model.set_random_seed(7)
+        drawn.append([int(model._sample_actions(observations, {})[0]) for _ in range(50)])
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == 2
+
+
+def test_numpy_and_torch_actors_start_from_the_same_network() -> None:
+    """The random numbers of sampling are drawn after the network is initialised, as in A2C."""
+    networks = [
+        EpisodicA2C("MlpPolicy", "CartPole-v1", actor=actor, seed=3).policy.state_dict() for actor in ("numpy", "torch")
+    ]  # type: ignore[arg-type]
+    assert all(th.equal(networks[0][name], networks[1][name]) for name in networks[0])
+
+
+def test_adam_is_fused_unless_told_otherwise() -> None:
+    def optimizer(**policy_kwargs: Any) -> th.optim.Optimizer:
+        return EpisodicA2C("MlpPolicy", "CartPole-v1", policy_kwargs=policy_kwargs, device="cpu").policy.optimizer
+
+    assert optimizer().defaults["fused"] is True
+    assert optimizer().defaults["eps"] == 1e-5
+    own = optimizer(optimizer_kwargs={"eps": 1e-3, "betas": (0.8, 0.9)})
+    assert (own.defaults["fused"], own.defaults["eps"], own.defaults["betas"]) == (True, 1e-3, (0.8, 0.9))
+    assert optimizer(optimizer_kwargs={"fused": False}).defaults["fused"] is False
+    assert optimizer(optimizer_kwargs={"foreach": True}).defaults["fused"] is None
+    assert type(optimizer(optimizer_class=th.optim.RMSprop)) is th.optim.RMSprop
+
+
+@pytest.mark.slow
+def test_learning_is_the_same_with_either_actor() -> None:
+    """CartPole's median number of env steps to solved. The two are samples of one distribution."""
+    from tests.test_learning import solve_cartpole
+
+    solved_at = {
+        actor: [solve_cartpole(seed, 150_000, policy="MlpPolicy", actor=actor) or 150_000 for seed in range(100, 112)]
+        for actor in ("numpy", "torch")
+    }
+    print(solved_at)
+    assert np.median(solved_at["numpy"]) == pytest.approx(np.median(solved_at["torch"]), rel=0.2)
+    assert stats.mannwhitneyu(solved_at["numpy"], solved_at["torch"]).pvalue > 0.01

@@ -1,0 +1,92 @@
+"""The layout of the package: imports go downward only, and there is one loop."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sb3_episodic_a2c"
+
+LAYERS = [
+    {"type_aliases", "returns", "losses", "presets", "files", "faults"},
+    {"policies", "buffers"},
+    {"actors", "callbacks"},
+    {"checks"},
+    {"episodic_a2c"},
+    {"maskable", "recurrent"},
+    {"checkpoints"},
+    {"__init__"},
+    {"tools"},
+    {"__main__"},
+]
+"""From the bottom to the top. A module imports from layers below its own, `tools` from each other too."""
+
+
+def module_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def layer_of(module: str) -> int:
+    (layer,) = [number for number, modules in enumerate(LAYERS) if module in modules]
+    return layer
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of this package that a file imports, anywhere in it; ``__init__`` for the package itself."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    ours = {tuple(name.split(".")) for name in names}
+    return {parts[1] if len(parts) > 1 else "__init__" for parts in ours if parts[0] == "sb3_episodic_a2c"}
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_imports_go_downward_only(path: Path) -> None:
+    module = module_of(path)
+    for imported in imported_modules(path):
+        assert layer_of(imported) < layer_of(module) or imported == module == "tools", f"{path} imports {imported}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_one_loop_one_train_step(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name in ("collect_rollouts", "train", "learn"):
+            assert module_of(path) == "episodic_a2c", f"{path} defines {node.name}"
+
+
+@pytest.mark.parametrize("name", ["returns"])
+def test_pure_maths_needs_neither_torch_nor_sb3(name: str) -> None:
+    text = (PACKAGE / f"{name}.py").read_text()
+    assert "torch" not in {
+        alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names
+    }
+    assert "stable_baselines3" not in text
+
+
+def test_importing_the_package_needs_no_extra_and_has_no_side_effects() -> None:
+    """The tools' dependencies are extras; only the tools may import them."""
+    code = (
+        "import sys, torch; threads = torch.get_num_threads(); import sb3_episodic_a2c; "
+        "assert torch.get_num_threads() == threads; "
+        "print([name for name in ('rl_zoo3', 'scipy', 'joblib', 'PIL', 'sb3_episodic_a2c.tools') if name in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output.strip() in ("[]", "['PIL']", "['scipy']"), output
+
+
+def test_the_names_offered_exist() -> None:
+    import sb3_episodic_a2c
+
+    assert sorted(sb3_episodic_a2c.__all__) == sb3_episodic_a2c.__all__
+    for name in sb3_episodic_a2c.__all__:
+        assert hasattr(sb3_episodic_a2c, name)

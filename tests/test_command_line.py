@@ -1,0 +1,212 @@
+"""The commands, as a user types them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_episodic_a2c import EpisodicA2C
+from sb3_episodic_a2c.__main__ import main
+from sb3_episodic_a2c.tools import benchmark
+from sb3_episodic_a2c.tools.record import play_episodes, record_gif, write_gif
+from sb3_episodic_a2c.tools.solve import solve
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "sb3_episodic_a2c", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def gif_frames(path: Path) -> tuple[int, float]:
+    """Number of frames, and seconds that the animation takes."""
+    with Image.open(path) as image:
+        milliseconds = 0
+        for index in range(image.n_frames):  # type: ignore[attr-defined]
+            image.seek(index)
+            milliseconds += image.info["duration"]
+        return image.n_frames, milliseconds / 1_000  # type: ignore[attr-defined]
+
+
+def test_solve_writes_everything(tmp_path: Path) -> None:
+    process = run("solve", "--env", "CartPole-v1", "--total-timesteps", "1500", "--seed", "3", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    folder = tmp_path / "runs" / "CartPole-v1-default-seed3"
+    assert {path.name for path in folder.iterdir()} == {
+        "0.monitor.csv",
+        "agent.gif",
+        "learning_curve.png",
+        "model.zip",
+        "result.json",
+    }
+    assert "Not solved within 1,500 env steps" in process.stdout
+    assert "running_reward=" in process.stderr
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["num_timesteps"], result["solved_at"], result["reward_threshold"]) == (1_500, None, 475.0)
+    with Image.open(folder / "learning_curve.png") as image:
+        assert image.width > 600
+    model = EpisodicA2C.load(folder / "model.zip")
+    assert model.num_timesteps == 1_500
+    # CartPole renders 50 frames a second
+    assert gif_frames(folder / "agent.gif")[1] == pytest.approx(result["gif_rewards"][0] / 50, abs=0.02)
+
+
+def test_solve_stops_when_solved(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = [
+        "solve",
+        "--env",
+        "CartPole-v1",
+        "--reward-threshold",
+        "25",
+        "--output",
+        str(tmp_path / "out"),
+        "--no-progress",
+    ]
+    assert main([*arguments, "--n-envs", "2"]) == 0
+    output = capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["solved_at"]["n_episodes"] >= 100
+    assert result["mean_reward"] > 25
+    assert (
+        f"Solved CartPole-v1 at episode {result['solved_at']['n_episodes']}: {result['num_timesteps']:,} env steps" in output
+    )
+    assert len(list((tmp_path / "out").glob("*.monitor.csv"))) == 2
+    # What is there is never written over
+    assert main(arguments) == 1
+    assert "holds a model already" in capsys.readouterr().err
+
+
+def test_solve_with_the_notebooks_preset(tmp_path: Path) -> None:
+    result = solve("CartPole-v1", preset="notebook", seed=1, total_timesteps=2_000, output=tmp_path, progress_bar=False)
+    model = EpisodicA2C.load(tmp_path / "model")
+    assert (model.standardize_returns, model.detach_advantage, model.learning_rate) == ("episode", False, 0.01)
+    assert result.num_timesteps == 2_000
+
+
+def test_default_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [solve("CartPole-v1", total_timesteps=300, progress_bar=False).output for _ in range(3)]
+    assert [folder.name for folder in folders] == [f"CartPole-v1-default-seed0{suffix}" for suffix in ("", "-2", "-3")]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--env", "Pendulum-v1"], "Pendulum-v1 names no reward threshold"),
+        (["--env", "CartPole-v1", "--n-envs", "0"], "`n_envs` is 0"),
+        (["--env", "CartPole-v1", "--total-timesteps", "-5"], "`total_timesteps` is -5"),
+        (["--env", "CartPole-v1", "--n-envs", "2", "--preset", "notebook"], "the notebook has one environment"),
+        (["--env", "NoSuchEnv-v0"], "NoSuchEnv"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    process = run("solve", *arguments, cwd=tmp_path)
+    assert process.returncode == 1
+    assert message in process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1, process.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("algorithm", [EpisodicA2C, PPO])
+def test_gif_of_any_saved_model(algorithm: type, tmp_path: Path) -> None:
+    algorithm("MlpPolicy", "CartPole-v1", seed=0, device="cpu").save(tmp_path / "model")
+    process = run(
+        *("gif", "--model", "model.zip", "--algo", algorithm.__name__, "--env", "CartPole-v1", "-o", "deep/out.gif"),
+        *("--n-episodes", "2", "--max-steps", "30"),
+        cwd=tmp_path,
+    )
+    assert process.returncode == 0, process.stderr
+    n_frames, seconds = gif_frames(tmp_path / "deep" / "out.gif")
+    assert 5 <= n_frames <= 30
+    assert seconds <= 0.61
+
+
+def test_gif_refusals(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["gif", "--model", str(tmp_path / "none.zip"), "--env", "CartPole-v1", "-o", "x.gif"]) == 1
+    assert "is not a file" in capsys.readouterr().err
+    (tmp_path / "none.zip").touch()
+    assert main(["gif", "--model", str(tmp_path / "none.zip"), "--algo", "XYZ", "--env", "CartPole-v1", "-o", "x.gif"]) == 1
+    assert "`--algo` 'XYZ' is no algorithm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fps", [15.0, 30.0, 50.0, 60.0, 100.0])
+def test_gif_plays_at_the_frame_rate(fps: float, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    frames = list(rng.integers(0, 255, (90, 20, 30, 3), dtype=np.uint8))
+    _, seconds = gif_frames(write_gif(frames, tmp_path / "x.gif", fps))
+    assert seconds == pytest.approx(90 / fps, abs=0.03)
+
+
+def test_gif_shows_what_was_played(tmp_path: Path) -> None:
+    frames = [np.full((16, 16, 3), colour, np.uint8) for colour in ([255, 0, 0], [0, 255, 0], [0, 0, 255])]
+    with Image.open(write_gif(frames, tmp_path / "x.gif", 10)) as image:
+        for index, frame in enumerate(frames):
+            image.seek(index)
+            np.testing.assert_array_equal(np.array(image.convert("RGB"))[5, 5], frame[5, 5])
+
+
+def test_play_counts_frames_and_rewards() -> None:
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
+    env = make_vec_env("CartPole-v1", env_kwargs={"render_mode": "rgb_array"})
+    frames, episode_rewards = play_episodes(model, env, n_episodes=3, deterministic=False)
+    assert len(episode_rewards) == 3
+    assert len(frames) == sum(episode_rewards)
+    frames, episode_rewards = play_episodes(model, env, max_steps=12)
+    assert (len(frames), episode_rewards) == (12, [12.0]) or sum(episode_rewards) == len(frames) < 12
+    with pytest.raises(ValueError, match="rgb_array"):
+        play_episodes(model, make_vec_env("CartPole-v1", env_kwargs={"render_mode": None}))
+    with pytest.raises(ValueError, match="num_envs=2"):
+        play_episodes(model, make_vec_env("CartPole-v1", n_envs=2, env_kwargs={"render_mode": "rgb_array"}))
+    with pytest.raises(ValueError, match="`frames` is empty"):
+        write_gif([], "x.gif", 10)
+
+
+def test_gif_under_vec_normalize(tmp_path: Path) -> None:
+    env = VecNormalize(make_vec_env("CartPole-v1", seed=0))
+    model = EpisodicA2C("MlpPolicy", env, seed=0, device="cpu").learn(500)
+    env.save(str(tmp_path / "vecnormalize.pkl"))
+    rewards = record_gif(
+        model, "CartPole-v1", tmp_path / "x.gif", seed=0, max_steps=20, vec_normalize_path=tmp_path / "vecnormalize.pkl"
+    )
+    # In the environment's own units: one a step
+    assert rewards[0] in range(8, 21)
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert "solve" in output
+    assert "gif" in output
+
+
+def test_bench_measures_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--env", "CartPole-v1", "--n-envs", "2", "--repeats", "2", "--seconds", "0.05", "--no-extra", "--no-memory"]
+    assert main(["bench", *arguments, "-o", str(tmp_path / "out" / "bench.json")]) == 0
+    output = capsys.readouterr().out
+    (case,) = json.loads((tmp_path / "out" / "bench.json").read_text())["cases"]
+    assert (case["env_id"], case["n_envs"]) == ("CartPole-v1", 2)
+    assert set(case["steps_per_second"]) == {"EpisodicA2C", "A2C", "PPO", "VecEnv"}
+    assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in case["steps_per_second"].values())
+    assert case["train_fraction"]["VecEnv"] == 0 < case["train_fraction"]["EpisodicA2C"] < 1
+    assert len([line for line in output.splitlines() if line.startswith("| CartPole-v1 | 2 |")]) == 4
+    assert main(["bench", "--repeats", "0"]) == 1
+    assert "`--repeats` is 0" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:No episode ended")
+def test_what_else_bench_measures() -> None:
+    """On short runs: that it runs, and that what cannot be negative is not."""
+    costs = benchmark.episode_length_cost(repeats=1, n_steps=200)
+    assert set(costs) == {10, 100, 1_000, 10_000} and min(costs.values()) > 0
+    seconds = benchmark.recurrent_update_seconds(repeats=1, n_envs=2, n_steps=20)
+    assert set(seconds) == {"RecurrentEpisodicA2C", "RecurrentPPO, batch_size=128", "RecurrentPPO, one batch"}
+    assert min(seconds.values()) > 0
+    assert benchmark.image_update_memory(20, batch_size=8) >= 0
+    assert benchmark.peak_memory("EpisodicA2C", benchmark.IMAGE_ENV, 1, 20) >= 0

@@ -1,0 +1,863 @@
+"""Side by side: real grids with tiny budgets, on every backend, killed and started again."""
+
+import importlib.util
+import io
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import pytest
+import torch as th
+import yaml
+from PIL import Image
+from rich.console import Console
+from stable_baselines3 import A2C
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_episodic_a2c import EpisodicA2C
+from sb3_episodic_a2c.__main__ import main
+from sb3_episodic_a2c.tools import compare as module
+from sb3_episodic_a2c.tools.cells import Cell, evaluation_grid, load_cell
+from sb3_episodic_a2c.tools.compare import (
+    compare,
+    parse_by_env,
+    parse_configs,
+    plan_cells,
+    results_frame,
+    seconds_left,
+)
+from sb3_episodic_a2c.tools.plots import STYLES
+from sb3_episodic_a2c.tools.report import (
+    Scale,
+    cost_table,
+    fairness_notes,
+    markdown_table,
+    print_table,
+    random_policy_score,
+    score_table,
+    summarize,
+    summarize_overall,
+    write_report,
+)
+
+CHECKOUT = Path(__file__).parent.parent
+
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+}
+
+GRID: dict[str, Any] = {
+    "envs": ["CartPole-v1"],
+    "algorithms": ["episodic_a2c", "a2c"],
+    "seeds": 2,
+    "total_timesteps": 720,
+    "n_evaluations": 3,
+    "eval_episodes": 3,
+}
+"""Small enough to be trained in a moment."""
+
+TIMES = ["train_seconds", "train_cpu_seconds", "eval_seconds", "folder"]
+
+
+def learned(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame without what differs from run to run and from folder to folder."""
+    return frame.drop(columns=TIMES)
+
+
+def parameters(folder: Path, path: str, model_class: type) -> dict[str, th.Tensor]:
+    return model_class.load(folder / path).policy.state_dict()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
+    """A comparison in this process. Copy the folder before changing it."""
+    output = tmp_path_factory.mktemp("compare") / "out"
+    return output, compare(**GRID, backend="sequential", output=output)
+
+
+@pytest.fixture
+def copied(finished: tuple[Path, pd.DataFrame], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished[0], tmp_path / "copied"))
+
+
+# ------------------------------------------------------------------ what a comparison leaves
+
+
+def test_frame_is_tidy(finished: tuple[Path, pd.DataFrame]) -> None:
+    output, frame = finished
+    assert len(frame) == 2 * 2 * 4
+    assert (frame["status"] == "finished").all()
+    assert (frame.groupby(["algorithm", "seed"])["timesteps"].apply(list).map(tuple) == (0, 240, 480, 720)).all()
+    assert (frame["timesteps"] == frame["grid_timesteps"]).all()
+    for _, run in frame.groupby(["algorithm", "seed"]):
+        assert run["train_seconds"].is_monotonic_increasing
+        assert run["train_seconds"].iloc[0] < 0.1
+    # Equal seeds are equal networks and equal first states: before training nobody is better
+    before = frame[frame["evaluation"] == 0].pivot(index="seed", columns="algorithm", values="mean_reward")
+    assert before["a2c"].tolist() == before["episodic_a2c"].tolist()
+    pd.testing.assert_frame_equal(pd.read_csv(output / "results.csv", keep_default_na=False), frame)
+
+
+def test_cells_are_zoo_run_folders(finished: tuple[Path, pd.DataFrame], capsys: pytest.CaptureFixture) -> None:
+    output, _ = finished
+    for algorithm, model_class in (("episodic_a2c", EpisodicA2C), ("a2c", A2C)):
+        for seed in (0, 1):
+            folder = output / algorithm / f"CartPole-v1_{seed + 1}"
+            names = {path.name for path in folder.iterdir()}
+            assert names >= {"CartPole-v1.zip", "best_model.zip", "evaluations.npz", "0.monitor.csv", "cell.json", "train.log"}
+            model = model_class.load(folder / "CartPole-v1.zip")
+            assert (model.num_timesteps, model.seed) == (720, seed)
+    assert not (output / ".unfinished").exists()
+    capsys.readouterr()
+    # The Zoo's own scripts
+    arguments = ["--env", "CartPole-v1", "-f", str(output), "--no-display", "--print-n-trials"]
+    assert main(["all_plots", "--algos", "episodic_a2c", "a2c", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert f"CartPole-v1-EPISODIC_A2C-{output}: 2" in printed
+    assert f"CartPole-v1-A2C-{output}: 2" in printed
+    assert (
+        main(["enjoy", "--algo", "a2c", "--env", "CartPole-v1", "-f", str(output), "--exp-id", "2", "-n", "20", "--no-render"])
+        == 0
+    )
+
+
+def test_report(finished: tuple[Path, pd.DataFrame]) -> None:
+    output, frame = finished
+    report = (output / "report.md").read_text()
+    for words in ("| CartPole-v1 | episodic_a2c |", "## Fairness", "met to the step", "n_envs: 8", "torch 2."):
+        assert words in report
+    assert "set by hand" in report.lower() or "found" in report
+    results = json.loads((output / "results.json").read_text())
+    assert [summary["algorithm"] for summary in results["summaries"]] == ["episodic_a2c", "a2c"]
+    scores = frame[(frame["algorithm"] == "a2c") & (frame["evaluation"] == 3)]["mean_reward"].tolist()
+    assert results["summaries"][1]["scores"]["final"] == scores
+    for name in ("learning_curves", "learning_curves_time", "scores", "performance_profile"):
+        with Image.open(output / f"{name}.png") as image:
+            assert image.width > 600
+        assert "<svg" in (output / f"{name}.svg").read_text()
+        assert f"({name}.png)" in report
+
+
+def test_last_evaluation_by_hand(tmp_path: Path) -> None:
+    """Greedy, from the seeds that are promised, with the statistics of the training, in the environment's own rewards."""
+    arguments = {
+        **GRID,
+        "envs": ["Pendulum-v1"],
+        "algorithms": ["a2c"],
+        "seeds": [5],
+        "total_timesteps": 480,
+        "n_evaluations": 1,
+    }
+    frame = compare(**arguments, backend="sequential", output=tmp_path)
+    folder = Path(frame["folder"].iloc[-1])
+    assert folder == tmp_path / "a2c" / "Pendulum-v1_6"
+    model = A2C.load(folder / "Pendulum-v1.zip")
+    normalize = VecNormalize.load(str(folder / "Pendulum-v1" / "vecnormalize.pkl"), make_vec_env("Pendulum-v1"))
+    env = gym.make("Pendulum-v1")
+    by_hand = []
+    for episode in range(3):
+        observation, _ = env.reset(seed=1_000_000 + 5 * 3 + episode)
+        total, truncated = 0.0, False
+        while not truncated:
+            action, _ = model.predict(normalize.normalize_obs(observation), deterministic=True)
+            observation, reward, _, truncated, _ = env.step(action)
+            total += float(reward)
+        by_hand.append(total)
+    with np.load(folder / "evaluations.npz") as evaluations:
+        # One batch or one by one: not quite the same sums
+        np.testing.assert_allclose(evaluations["results"][-1], by_hand, rtol=1e-3)
+        assert evaluations["timesteps"].tolist() == [0, 480]
+    assert frame["mean_reward"].iloc[-1] == pytest.approx(np.mean(by_hand), rel=1e-3)
+
+
+def test_trainings_share_no_evaluation_episode(tmp_path: Path) -> None:
+    cells = plan_cells(**{**GRID, "algorithms": ["a2c"], "seeds": [0, 1, 2, 2**31 - 1]}, output=tmp_path)
+    seeds = [cell.eval_seed + episode for cell in cells for episode in range(cell.eval_episodes)]
+    assert len(set(seeds)) == len(seeds)
+    assert 0 < min(seeds) and max(seeds) < 2**32
+
+
+def test_all_are_evaluated_in_the_same_environment(tmp_path: Path) -> None:
+    def configs(**env_kwargs: dict[str, Any]) -> dict[str, str]:
+        for algorithm, kwargs in env_kwargs.items():
+            entry = {"n_timesteps": 480, "policy": "MlpPolicy", "env_kwargs": kwargs}
+            (tmp_path / f"{algorithm}.yml").write_text(yaml.safe_dump({"Pendulum-v1": entry}))
+        return {algorithm: str(tmp_path / f"{algorithm}.yml") for algorithm in env_kwargs}
+
+    grid = {**GRID, "envs": ["Pendulum-v1"], "seeds": 1, "total_timesteps": 480, "n_evaluations": 1}
+    heavy = configs(a2c={"g": 9.0}, episodic_a2c={"g": 9.5})
+    with pytest.raises(
+        ValueError, match=r"`env_kwargs` of Pendulum-v1 are {'g': 9\.5} for episodic_a2c and {'g': 9\.0} for a2c"
+    ):
+        compare(**grid, configs=heavy, backend="sequential", output=tmp_path / "out")
+    # Shorter episodes in training only; another gravity in training and in evaluations
+    short = configs(a2c={"g": 1.0}, episodic_a2c={"g": 1.0, "max_episode_steps": 50})
+    frame = compare(**grid, configs=short, backend="sequential", output=tmp_path / "out")
+    assert (frame["mean_ep_length"] == 200).all()
+    monitor = (Path(frame["folder"].iloc[0]) / "0.monitor.csv").read_text().splitlines()
+    assert monitor[2].split(",")[1] == "50"
+    by_gravity = [random_policy_score("Pendulum-v1", 3, {"g": gravity}) for gravity in (1.0, 10.0)]
+    assert by_gravity[0] > by_gravity[1]
+    (cached,) = json.loads((tmp_path / "out" / "random_policy.json").read_text()).values()
+    assert cached == random_policy_score("Pendulum-v1", env_kwargs={"g": 1.0})
+
+
+# ------------------------------------------------------------------ backends
+
+
+@pytest.mark.parametrize("backend", ["loky", "dask", pytest.param("ray", marks=pytest.mark.slow)])
+def test_backends_give_identical_results(backend: str, finished: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+    output, sequential = finished
+    if backend == "dask":
+        distributed = pytest.importorskip("distributed")
+        # A cluster of two worker processes, as `dask scheduler` and `dask worker` would make it
+        with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+            frame = compare(**GRID, backend="dask", scheduler=cluster.scheduler_address, output=tmp_path)
+    else:
+        if backend == "ray":
+            pytest.importorskip("ray")
+        frame = compare(**GRID, backend=backend, jobs=2, output=tmp_path)
+    pd.testing.assert_frame_equal(learned(frame), learned(sequential))
+    for path, model_class in (
+        ("episodic_a2c/CartPole-v1_1/CartPole-v1.zip", EpisodicA2C),
+        ("a2c/CartPole-v1_2/CartPole-v1.zip", A2C),
+    ):
+        ours, theirs = parameters(tmp_path, path, model_class), parameters(output, path, model_class)
+        assert all(th.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("backend", ["loky", "sequential"])
+def test_progress_bar(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """With one job cells are trained in this process, with its output redirected."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    frame = compare(**{**GRID, "seeds": 1}, backend=backend, output=tmp_path, progress_bar=True)
+    printed = capsys.readouterr().out
+    last = printed[printed.rindex("━") :]
+    assert "2/2" in last and "cells" in last and "failed" not in printed
+    assert "1/2" in printed
+    assert all("━" not in (Path(folder) / "train.log").read_text() for folder in frame["folder"].unique())
+
+
+def test_threads_of_torch_are_left_as_they_were(tmp_path: Path) -> None:
+    before = th.get_num_threads()
+    th.set_num_threads(before + 1)
+    try:
+        compare(**{**GRID, "algorithms": ["episodic_a2c"], "seeds": 1}, backend="sequential", output=tmp_path)
+        assert th.get_num_threads() == before + 1
+    finally:
+        th.set_num_threads(before)
+
+
+# ------------------------------------------------------------------ kept work
+
+
+def stamps(output: Path) -> dict[str, int]:
+    return {str(path.relative_to(output)): path.stat().st_mtime_ns for path in output.glob("*/*/cell.json")}
+
+
+def test_more_seeds_train_only_what_is_missing(finished: tuple[Path, pd.DataFrame], copied: Path) -> None:
+    before = stamps(copied)
+    frame = compare(**{**GRID, "seeds": 3}, backend="sequential", output=copied)
+    after = stamps(copied)
+    assert before.items() <= after.items()
+    assert after.keys() - before.keys() == {"episodic_a2c/CartPole-v1_3/cell.json", "a2c/CartPole-v1_3/cell.json"}
+    old = learned(frame[frame["seed"] < 2]).reset_index(drop=True)
+    pd.testing.assert_frame_equal(old, learned(finished[1]))
+
+
+def test_other_settings_are_not_mixed_in(copied: Path) -> None:
+    before = stamps(copied)
+    for change, words in (
+        ({"total_timesteps": 960}, "total_timesteps=720 there and 960 here.* give --total-timesteps CartPole-v1:720 to go on"),
+        ({"eval_episodes": 4}, "eval_episodes=3 there and 4 here"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            compare(**{**GRID, **change}, backend="sequential", output=copied)
+    config = copied / "other.yml"
+    config.write_text("CartPole-v1: {n_timesteps: 1000, policy: MlpPolicy, gamma: 0.9}")
+    configs = {"episodic_a2c": str(config)}
+    with pytest.raises(ValueError, match=r"gamma=None there and 0\.9 here.*--retrain"):
+        compare(**GRID, configs=configs, backend="sequential", output=copied)
+    assert stamps(copied) == before
+    frame = compare(**GRID, configs=configs, backend="sequential", output=copied, retrain=True)
+    after = stamps(copied)
+    assert (frame["status"] == "finished").all()
+    # Only those whose settings have changed
+    assert {path for path in before if before[path] == after[path]} == {path for path in before if path.startswith("a2c")}
+    assert EpisodicA2C.load(copied / "episodic_a2c/CartPole-v1_1/CartPole-v1.zip").gamma == 0.9
+
+
+def test_retrain_keeps_old_cells_until_there_are_new_ones(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = stamps(copied)
+    config = copied / "bad.yml"
+    config.write_text("CartPole-v1: {n_timesteps: 1000, policy: MlpPolicy, n_episodes: 0}")
+    configs = {"episodic_a2c": str(config)}
+    frame = compare(**GRID, configs=configs, backend="sequential", output=copied, retrain=True)
+    assert (frame.groupby("algorithm")["status"].first() == pd.Series({"a2c": "finished", "episodic_a2c": "failed"})).all()
+    # They have failed: nothing is lost
+    assert stamps(copied) == before
+    assert (compare(**GRID, backend="sequential", output=copied)["status"] == "finished").all()
+    assert stamps(copied) == before
+
+
+def edit_measured(output: Path, path: str, **changes: Any) -> None:
+    record = json.loads((output / path).read_text())
+    record["measured"].update(changes)
+    (output / path).write_text(json.dumps(record))
+
+
+def test_report_says_what_was_trained_by_other_code_and_at_other_times(copied: Path) -> None:
+    report, code = copied / "report.md", "NOT ALL TRAINED BY THE SAME CODE"
+    assert "The algorithms took turns." in report.read_text()
+    assert code not in report.read_text()
+    edit_measured(copied, "a2c/CartPole-v1_2/cell.json", code="0123", started=0.0, ended=1.0)
+    console = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    compare(**GRID, backend="sequential", output=copied, console=console)
+    assert code in console.export_text()
+    assert code in report.read_text() and "code 0123" in report.read_text()
+    assert "Some algorithms were trained at other times" in report.read_text()
+
+
+def test_damaged_cells_are_trained_again(finished: tuple[Path, pd.DataFrame], copied: Path) -> None:
+    truncated = copied / "a2c/CartPole-v1_1/evaluations.npz"
+    truncated.write_bytes(truncated.read_bytes()[: truncated.stat().st_size // 2])
+    (copied / "episodic_a2c/CartPole-v1_2/evaluations.npz").write_bytes(b"PK")
+    (copied / "a2c/CartPole-v1_2/cell.json").write_text("{")
+    frame = compare(**GRID, backend="sequential", output=copied)
+    pd.testing.assert_frame_equal(learned(frame), learned(finished[1]))
+
+
+def test_folders_of_others_are_left_alone(copied: Path) -> None:
+    (copied / "a2c/CartPole-v1_1/cell.json").unlink()
+    for retrain in (False, True):
+        with pytest.raises(ValueError, match="is there already, but not from a comparison"):
+            compare(**GRID, backend="sequential", output=copied, retrain=retrain)
+    assert (copied / "a2c/CartPole-v1_1/CartPole-v1.zip").exists()
+
+
+def test_kill_and_start_again(finished: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ["--env", "CartPole-v1", "--seeds", "2", "--total-timesteps", "720", "--n-evaluations", "3"]
+    command = [sys.executable, "-m", "sb3_episodic_a2c", "compare", *arguments, "--eval-episodes", "3", "-o", str(output)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    # In the middle: something is finished, and something is at work
+    while not (stamps(output) and list((output / ".unfinished").glob("*"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    kept = stamps(output)
+    assert 1 <= len(kept) <= 3
+    frame = compare(**GRID, output=output)
+    assert kept.items() <= stamps(output).items()
+    assert not (output / ".unfinished").exists()
+    pd.testing.assert_frame_equal(learned(frame), learned(finished[1]))
+    # The same table, but for the times
+    whole, again = (json.loads((folder / "results.json").read_text())["summaries"] for folder in (finished[0], output))
+    for one, other in zip(whole, again, strict=True):
+        for name in ("scores", "iqm", "mean", "std", "probability", "n_seeds", "timesteps_to_threshold", "timesteps"):
+            assert one[name] == other[name]
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_finished_cells(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sb3_episodic_a2c", "compare", "--env", "CartPole-v1", "--seeds", "20", "--jobs", "2"]
+    command += ["--total-timesteps", "5000", "--no-progress", "-o", str(tmp_path)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not stamps(tmp_path):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert "of 40 cells are there: the same command again goes on" in stderr
+    assert 1 <= len(stamps(tmp_path)) < 40
+
+
+# ------------------------------------------------------------------ failures
+
+
+def test_a_failing_cell_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = tmp_path / "bad.yml"
+    config.write_text("default: {n_timesteps: 1000, policy: MlpPolicy, n_episodes: 0}")
+    arguments = [
+        "compare",
+        "--env",
+        "CartPole-v1",
+        "--algo",
+        "a2c",
+        "episodic_a2c",
+        "--seeds",
+        "1",
+        "--total-timesteps",
+        "480",
+    ]
+    arguments += ["--n-evaluations", "2", "--eval-episodes", "2", "--backend", "sequential", "-o", str(tmp_path / "out")]
+    assert main([*arguments, "--conf", f"episodic_a2c:{config}"]) == 1
+    printed = capsys.readouterr().out
+    assert "1 FAILED" in printed
+    assert "FAILED: episodic_a2c on CartPole-v1, seed 0: ValueError: `n_episodes` is 0" in printed
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "## Failed" in report and "| CartPole-v1 | a2c |" in report
+    (failure,) = json.loads((tmp_path / "out" / "results.json").read_text())["failed"]
+    assert "Traceback" in failure["error"] and failure["algorithm"] == "episodic_a2c"
+    kept = stamps(tmp_path / "out")
+    assert list(kept) == ["a2c/CartPole-v1_1/cell.json"]
+    # The same command again tries it again; put right, it trains what failed and nothing else
+    assert main([*arguments, "--conf", f"episodic_a2c:{config}"]) == 1
+    assert main(arguments) == 0
+    assert kept.items() <= stamps(tmp_path / "out").items()
+    assert len(stamps(tmp_path / "out")) == 2
+
+
+def test_everything_may_fail(tmp_path: Path) -> None:
+    config = tmp_path / "bad.yml"
+    config.write_text("default: {n_timesteps: 1000, policy: NoSuchPolicy}")
+    arguments = {**GRID, "envs": ["Pendulum-v1", "CartPole-v1"], "algorithms": ["a2c"]}
+    frame = compare(**arguments, configs={"a2c": str(config)}, backend="sequential", output=tmp_path / "out")
+    assert len(frame) == 4
+    assert (frame["status"] == "failed").all()
+    assert frame["error"].str.contains("NoSuchPolicy").all()
+    assert "NoSuchPolicy" in (tmp_path / "out" / "report.md").read_text()
+
+
+DEADLY = """
+import os, signal
+import gymnasium as gym
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class Deadly(CartPoleEnv):
+    def step(self, action):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+gym.register("Deadly-v0", Deadly, max_episode_steps=100)
+"""
+
+
+@pytest.mark.slow
+def test_a_dying_process_takes_no_other_cell_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deadly_envs.py").write_text(DEADLY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]]))
+    # Not even random actions survive there
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "random_policy.json").write_text('{"Deadly-v0": 0.0}')
+    arguments = {**GRID, "envs": ["CartPole-v1", "Deadly-v0"], "algorithms": ["episodic_a2c"]}
+    frame = compare(**arguments, gym_packages=["deadly_envs"], jobs=2, output=tmp_path / "out")
+    assert (frame[frame["env_id"] == "CartPole-v1"]["status"] == "finished").all()
+    assert frame[frame["env_id"] == "Deadly-v0"]["error"].str.contains("died twice").tolist() == [True, True]
+
+
+def test_a_callback_that_ends_training_is_a_failure(tmp_path: Path) -> None:
+    config = tmp_path / "stop.yml"
+    callback = {"stable_baselines3.common.callbacks.StopTrainingOnMaxEpisodes": {"max_episodes": 1}}
+    config.write_text(yaml.safe_dump({"default": {"n_timesteps": 1000, "policy": "MlpPolicy", "callback": callback}}))
+    arguments = {**GRID, "algorithms": ["episodic_a2c"], "seeds": 1}
+    frame = compare(**arguments, configs={"episodic_a2c": str(config)}, backend="sequential", output=tmp_path / "out")
+    assert "after 1 of 4 evaluations: does a callback" in frame["error"].item()
+
+
+# ------------------------------------------------------------------ the grid
+
+
+@pytest.mark.parametrize(
+    "total_timesteps, n_evaluations", [(60_000, 20), (500_000, 20), (100_000, 30), (1_000, 3), (100, 100), (7, 1)]
+)
+def test_evaluation_grid(total_timesteps: int, n_evaluations: int) -> None:
+    grid = evaluation_grid(total_timesteps, n_evaluations)
+    assert len(grid) == n_evaluations + 1
+    assert (grid[0], grid[-1]) == (0, total_timesteps)
+    assert all(a < b for a, b in itertools.pairwise(grid))
+    if total_timesteps >= 240 * n_evaluations:
+        assert all(point % n_envs == 0 for point in grid[:-1] for n_envs in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 30))
+    if total_timesteps >= 960 * n_evaluations:
+        assert all(point % n_envs == 0 for point in grid[:-1] for n_envs in (32, 64))
+
+
+def test_evaluations_off_the_grid_say_so(tmp_path: Path) -> None:
+    """7 environments meet no multiple of 240 at all."""
+    config = tmp_path / "seven.yml"
+    config.write_text("default: {n_timesteps: 1000, policy: MlpPolicy, n_envs: 7}")
+    arguments = {**GRID, "algorithms": ["episodic_a2c"], "seeds": 1}
+    frame = compare(**arguments, configs={"episodic_a2c": str(config)}, backend="sequential", output=tmp_path / "out")
+    assert frame["grid_timesteps"].tolist() == [0, 240, 480, 720]
+    assert frame["timesteps"].tolist() == [0, 245, 483, 721]
+    assert "at the first step beyond, by at most 5" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_plan_takes_turns_and_the_smallest_budget(tmp_path: Path) -> None:
+    arguments = {"envs": ["CartPole-v1", "Pendulum-v1"], "algorithms": ["episodic_a2c", "a2c", "ppo"], "output": tmp_path}
+    cells = plan_cells(**arguments, seeds=2)
+    assert [cell.label for cell in cells] == ["episodic_a2c", "a2c", "ppo"] * 4
+    assert [cell.seed for cell in cells] == [0] * 6 + [1] * 6
+    smallest = {
+        cell.env_id: min(int(other.hyperparams["n_timesteps"]) for other in cells if other.env_id == cell.env_id)
+        for cell in cells
+    }
+    assert all(cell.total_timesteps == smallest[cell.env_id] for cell in cells)
+    cells = plan_cells(**arguments, seeds=[7, 3], total_timesteps={"CartPole-v1": 5_000})
+    assert {cell.seed for cell in cells} == {3, 7}
+    assert {cell.total_timesteps for cell in cells if cell.env_id == "CartPole-v1"} == {5_000}
+    assert {cell.total_timesteps for cell in cells if cell.env_id == "Pendulum-v1"} == {smallest["Pendulum-v1"]}
+    assert len({cell.folder for cell in cells}) == len(cells)
+    cells = plan_cells(**arguments, seeds={"Pendulum-v1": 3})
+    seeds = {env_id: {cell.seed for cell in cells if cell.env_id == env_id} for env_id in arguments["envs"]}
+    assert seeds == {"CartPole-v1": set(range(10)), "Pendulum-v1": {0, 1, 2}}
+    (note,) = [note for note in fairness_notes(cells, results_frame([], {}), {}) if note.startswith("Same seeds")]
+    assert "0 to 9 (CartPole-v1); 0 to 2 (Pendulum-v1)" in note
+
+
+def test_matched_a2c_is_a_row_of_its_own(tmp_path: Path) -> None:
+    algorithms = ["episodic_a2c", "a2c", "a2c-matched"]
+    cells = plan_cells(["Acrobot-v1", "CartPole-v1"], algorithms, seeds=1, output=tmp_path)
+    for ours, theirs, matched in (cells[:3], cells[3:]):
+        changed = {"use_rms_prop": False, "learning_rate": ours.hyperparams.get("learning_rate", 0.003), "n_envs": ours.n_envs}
+        assert matched.hyperparams == {**theirs.hyperparams, **changed}
+        assert matched.settings != theirs.settings
+        # What `enjoy --algo a2c --folder OUTPUT/a2c-matched` looks for
+        assert matched.folder == tmp_path / "a2c-matched" / "a2c" / theirs.folder.name
+    arguments = {**GRID, "algorithms": ["a2c-matched"], "seeds": 1}
+    frame = compare(**arguments, backend="sequential", output=tmp_path)
+    assert set(frame["algorithm"]) == {"a2c-matched"}
+    model = A2C.load(Path(frame["folder"].iloc[0]) / "CartPole-v1.zip")
+    ours = EpisodicA2C("MlpPolicy", "CartPole-v1")
+    assert type(model.policy.optimizer) is type(ours.policy.optimizer) is th.optim.Adam
+    for name in ("lr", "eps", "betas", "weight_decay"):
+        assert model.policy.optimizer.param_groups[0][name] == ours.policy.optimizer.param_groups[0][name]
+    assert model.n_envs == 1
+
+
+def test_matched_a2c_has_the_optimizer_of_our_file(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours.yml", tmp_path / "theirs.yml"
+    text = "dict(net_arch=[7], optimizer_class=th.optim.SGD, optimizer_kwargs=dict(momentum=0.5))"
+    ours.write_text(yaml.safe_dump({"default": {"n_timesteps": 480, "policy": "MlpPolicy", "policy_kwargs": text}}))
+    entry = {"n_timesteps": 480, "policy": "MlpPolicy", "policy_kwargs": "dict(net_arch=[9], optimizer_kwargs=dict(eps=1e-3))"}
+    theirs.write_text(yaml.safe_dump({"default": entry}))
+    arguments = {**GRID, "algorithms": ["a2c-matched", "episodic_a2c"], "seeds": 1, "output": tmp_path / "out"}
+    configs = {"a2c": str(theirs), "episodic_a2c": str(ours)}
+    frame = compare(**arguments, configs=configs, backend="sequential")
+    model = A2C.load(Path(frame["folder"].iloc[0]) / "CartPole-v1.zip")
+    assert isinstance(model.policy.optimizer, th.optim.SGD)
+    assert model.policy.optimizer.param_groups[0]["momentum"] == 0.5
+    assert model.policy.net_arch == [9]
+
+
+def test_numpy_integers_and_evaluations_by_environment(tmp_path: Path) -> None:
+    arguments = {**GRID, "envs": ["CartPole-v1", "Pendulum-v1"], "seeds": np.arange(2), "eval_episodes": np.int64(3)}
+    cells = plan_cells(**{**arguments, "n_evaluations": {"Pendulum-v1": np.int32(3)}}, output=tmp_path)
+    assert {(cell.env_id, cell.n_evaluations) for cell in cells} == {("CartPole-v1", 20), ("Pendulum-v1", 3)}
+    assert json.dumps(cells[0].settings)
+    (note,) = [note for note in fairness_notes(cells, results_frame([], {}), {}) if note.startswith("Same evaluations")]
+    assert "20 (CartPole-v1), 3 (Pendulum-v1) points" in note
+
+
+def test_hyperparameters_of_a_python_file_are_not_written_to(tmp_path: Path) -> None:
+    """A2C puts its optimizer into the caller's dict, and the Zoo deletes what it has read."""
+    config = tmp_path / "hyperparams.py"
+    config.write_text(
+        "hyperparams = {'default': dict(n_timesteps=1000, policy='MlpPolicy', n_envs=2, policy_kwargs=dict(net_arch=[8]))}"
+    )
+    arguments = {**GRID, "algorithms": ["a2c"], "output": tmp_path / "out", "configs": {"a2c": str(config)}}
+    cells = plan_cells(**arguments)
+    before = json.dumps([cell.settings for cell in cells])
+    assert module.run_cells(cells, backend="sequential") == {}
+    assert json.dumps([cell.settings for cell in cells]) == before
+    frame = results_frame(cells, {})
+    assert (frame["status"] == "finished").all()
+
+
+BAD_INPUT: list[tuple[dict[str, Any], str]] = [
+    ({"envs": ["NoSuchEnv-v0"]}, "`env` 'NoSuchEnv-v0' is no registered environment"),
+    ({"envs": ["CartPole-v9"]}, "Did you mean 'CartPole-v"),
+    ({"envs": []}, "`env` is empty"),
+    ({"envs": ["CartPole-v1", "CartPole-v1"]}, "`env` names 'CartPole-v1' more than once"),
+    ({"algorithms": ["a2c", "a3c"]}, "`algo` 'a3c' is unknown. Use one of episodic_a2c"),
+    ({"algorithms": ["a2c", "a2c"]}, "`algo` names 'a2c' more than once"),
+    ({"seeds": 0}, "`seeds` is 0"),
+    ({"seeds": []}, "`seeds` is empty"),
+    ({"seeds": [1, -1]}, "`seeds` holds -1"),
+    ({"seeds": [1, 2, 1]}, "`seeds` names 1 more than once"),
+    ({"seeds": {"Pendulum-v1": 3}}, "`seeds` is given for 'Pendulum-v1', which is not compared"),
+    ({"total_timesteps": 0}, "`total_timesteps` of CartPole-v1 is 0"),
+    ({"total_timesteps": {"Pendulum-v1": 10}}, "`total_timesteps` is given for 'Pendulum-v1', which is not compared"),
+    ({"n_evaluations": 0}, "`n_evaluations` is 0"),
+    ({"n_evaluations": 2.5}, r"`n_evaluations` is 2\.5. It must be an integer"),
+    ({"n_evaluations": {"Pendulum-v1": 3}}, "`n_evaluations` is given for 'Pendulum-v1', which is not compared"),
+    ({"eval_episodes": True}, "`eval_episodes` is True. It must be an integer"),
+    ({"seeds": 2.5}, r"`seeds` is 2\.5. It must be an integer"),
+    ({"seeds": True}, "`seeds` is True. It must be an integer"),
+    ({"seeds": [0, 1.0]}, r"`seeds` holds 1\.0. Each must be an integer"),
+    ({"total_timesteps": 720.0}, r"`total_timesteps` of CartPole-v1 is 720\.0. It must be an integer"),
+    ({"jobs": -1}, r"`jobs` is -1. It must be an integer >= 1. This machine has \d+ processors"),
+    ({"n_evaluations": 200}, "`n_evaluations` is 200: too many for 720 env steps of a2c on CartPole-v1, .* Use at most 90"),
+    ({"eval_episodes": 0}, "`eval_episodes` is 0"),
+    ({"gym_packages": ["no_such_package"]}, "`gym_packages` 'no_such_package' cannot be imported"),
+    ({"output": __file__}, "`output` .*test_compare.py is a file"),
+    ({"jobs": 0}, "`jobs` is 0"),
+    ({"backend": "slurm"}, "`backend` 'slurm' is unknown"),
+    ({"scheduler": "tcp://x:1", "backend": "loky"}, "`scheduler` is 'tcp://x:1', but 'loky' has none"),
+    ({"configs": {"ppo": "x.yml"}}, "`conf` is given for 'ppo', which is not compared"),
+    ({"configs": {"a2c": "no-such.yml"}}, "`conf` no-such.yml of 'a2c' gives no hyperparameters for CartPole-v1"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_INPUT, ids=[message[:30] for _, message in BAD_INPUT])
+def test_bad_input(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(**{**GRID, "backend": "sequential", "output": tmp_path / "out", **change})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("Pendulum-v1: {n_timesteps: 10, policy: MlpPolicy}", "Hyperparameters not found"),
+        ("CartPole-v1: {policy: MlpPolicy}", "must have `n_timesteps` and `policy`"),
+        ("CartPole-v1: [", "ParserError"),
+    ],
+)
+def test_bad_config(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        compare(**GRID, configs={"a2c": str(tmp_path / "x.yml")}, output=tmp_path / "out")
+
+
+def test_backend_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.BACKEND_PACKAGES, "ray", "no_such_package")
+    with pytest.raises(ValueError, match="Install it with: pip install no_such_package"):
+        compare(**GRID, backend="ray", output=tmp_path / "out")
+
+
+def test_missing_extra_is_one_line(tmp_path: Path) -> None:
+    # A package of that name that cannot be imported
+    (tmp_path / "joblib.py").write_text("raise ModuleNotFoundError(\"No module named 'joblib'\", name='joblib')")
+    process = subprocess.run(
+        [sys.executable, "-m", "sb3_episodic_a2c", "compare", "--env", "CartPole-v1"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    assert process.stderr.strip().splitlines()[-1].endswith("Install it with: pip install 'sb3-episodic-a2c[compare]'")
+
+
+def test_arguments_of_the_command_line() -> None:
+    assert parse_by_env("total_timesteps", ["1e5"]) == 100_000
+    assert parse_by_env("total_timesteps", ["CartPole-v1:5e4", "ALE/Pong-v5:1000000"]) == {
+        "CartPole-v1": 50_000,
+        "ALE/Pong-v5": 1_000_000,
+    }
+    for values, message in (
+        (["many"], "`seeds` 'many' is no integer"),
+        (["1.5"], "'1.5' is no integer"),
+        (["1000", "2000"], "'1000' names no environment"),
+        (["A-v0:1", "A-v0:2"], "given twice for 'A-v0'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_by_env("seeds", values)
+    algorithms = ["episodic_a2c", "a2c-matched", "ppo"]
+    assert parse_configs(["a.yml", "a2c:b.yml", "ppo:c:d.yml"], algorithms) == {
+        "episodic_a2c": "a.yml",
+        "a2c": "b.yml",
+        "ppo": "c:d.yml",
+    }
+    # Not compared, which is then said, instead of that there is no file ppo:x.yml
+    assert parse_configs(["ppo:x.yml"], ["a2c"]) == {"ppo": "x.yml"}
+    with pytest.raises(ValueError, match="`conf` is given twice for 'episodic_a2c'"):
+        parse_configs(["a.yml", "episodic_a2c:b.yml"], algorithms)
+
+
+def test_time_left_is_learnt_from_finished_cells(tmp_path: Path) -> None:
+    cells = plan_cells(["CartPole-v1", "Pendulum-v1"], ["episodic_a2c", "a2c"], seeds=2, output=tmp_path)
+    missing = cells[4:]
+    assert seconds_left(missing, {}) == 0
+    assert seconds_left(missing, {("CartPole-v1", "episodic_a2c"): [1.0, 3.0]}) == 4 * 2
+    known = {("CartPole-v1", "episodic_a2c"): [1.0, 3.0], ("Pendulum-v1", "a2c"): [10.0]}
+    # Ours and A2C on CartPole-v1, ours and A2C on Pendulum-v1
+    assert seconds_left(missing, known) == 2 + 2 + 10 + 10
+    assert [module._duration(seconds) for seconds in (5, 130, 7_260)] == ["5 s", "2 min", "2 h 01 min"]
+
+
+# ------------------------------------------------------------------ figures
+
+
+def frame_of(scores: dict[tuple[str, str], list[list[float]]]) -> pd.DataFrame:
+    """A frame from evaluations at 0, 100 and 200 env steps of each run; 0.01 s a step."""
+    rows = []
+    for (env_id, algorithm), runs in scores.items():
+        for seed, rewards in enumerate(runs):
+            for index, reward in enumerate(rewards):
+                row = {"algorithm": algorithm, "env_id": env_id, "seed": seed, "status": "finished", "evaluation": index}
+                row.update(timesteps=100 * index, grid_timesteps=100 * index, mean_reward=reward, train_seconds=1.0 * index)
+                rows.append({**row, "eval_seconds": 0.5, "error": ""})
+    return pd.DataFrame(rows)
+
+
+def test_summary_of_known_runs() -> None:
+    frame = frame_of(
+        {
+            ("CartPole-v1", "ours"): [[500, 480, 500], [10, 480, 100], [10, 20, 30]],
+            ("CartPole-v1", "other"): [[0, 500, 0], [10, 20, 30], [0, 0, 40]],
+        }
+    )
+    ours, other = summarize(frame, np.random.default_rng(0))
+    assert ours.scores["final"].tolist() == [500, 100, 30]
+    # By hand, the first run: (490 * 100 + 490 * 100) / 200
+    assert ours.scores["area"].tolist() == [490, 267.5, 20]
+    assert ours.iqm["final"].value == ours.mean["final"] == 210
+    assert ours.std["final"] == pytest.approx(np.std([500, 100, 30], ddof=1))
+    assert ours.probability is None
+    # 500 and 100 win three times each; 30 wins once, ties once
+    assert other.probability is not None
+    assert other.probability["final"].value == pytest.approx(7.5 / 9)
+    # What was reached before training does not count
+    assert (ours.n_solved, ours.timesteps_to_threshold, ours.seconds_to_threshold) == (2, 100, 1)
+    assert (other.n_solved, other.timesteps_to_threshold) == (1, np.inf)
+    assert (ours.timesteps, ours.train_seconds, ours.timesteps_per_second, ours.eval_seconds) == (200, 2, 100, 0.5)
+    text = markdown_table(cost_table([ours, other]))
+    assert "| CartPole-v1 | ours | 475 | 2 of 3 | 100 | 1.00 s | not reached |" in text
+    assert "| CartPole-v1 | other | 475 | 1 of 3 | not reached | not reached | not reached |" in text
+
+
+def test_reached_and_stayed() -> None:
+    runs = [[0, 480, 480], [0, 480, 0], [500, 500, 500], [0, 0, 480], [0, 0, 0], [500, 0, 500]]
+    stayed = [100, np.inf, 100, 200, np.inf, 200]
+    for run, timesteps in zip(runs, stayed, strict=True):
+        (summary,) = summarize(frame_of({("CartPole-v1", "ours"): [run]}), np.random.default_rng(0))
+        assert summary.timesteps_to_stay == timesteps
+    # Half of the runs is not more than half of them
+    for n_solved, median in ((2, np.inf), (3, 100)):
+        scores = [[0, 480, 480]] * n_solved + [[0, 0, 0]] * (4 - n_solved)
+        (summary,) = summarize(frame_of({("CartPole-v1", "ours"): scores}), np.random.default_rng(0))
+        assert summary.timesteps_to_threshold == summary.timesteps_to_stay == median
+
+
+def test_overall_is_over_normalised_scores() -> None:
+    ends = {"ours": (500.0, -100.0), "other": (22.0, -500.0)}
+    frame = frame_of(
+        {
+            (env_id, algorithm): [[0, 0, end]] * 4
+            for algorithm, values in ends.items()
+            for env_id, end in zip(("CartPole-v1", "Acrobot-v1"), values, strict=True)
+        }
+    )
+    summaries = summarize(frame, np.random.default_rng(0))
+    scale = {"CartPole-v1": Scale(22.0, 500.0, True), "Acrobot-v1": Scale(-500.0, -100.0, True)}
+    ours, other = summarize_overall(summaries, scale, np.random.default_rng(0))
+    assert (ours.iqm["final"], other.iqm["final"]) == ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
+    assert other.probability is not None
+    assert other.probability["final"].value == 1.0
+    assert "| all, normalised | ours | 1.00 (1.00 to 1.00) |" in markdown_table(score_table(summaries, [ours, other]))
+    # More seeds of one environment do not make it weigh more
+    more = {("CartPole-v1", name): [[0, 0, ends[name][0]]] * 12 for name in ends}
+    less = {("Acrobot-v1", name): [[0, 0, -300.0]] * 4 for name in ends}
+    ours, _ = summarize_overall(summarize(frame_of(more | less), np.random.default_rng(0)), scale, np.random.default_rng(0))
+    assert ours.seeds == [0, 1, 2, 3]
+    assert ours.iqm["final"].value == pytest.approx(0.75)
+    # An environment whose reference is no better than chance has no scale
+    scale["Acrobot-v1"] = Scale(-100.0, -100.0, False)
+    assert summarize_overall(summaries, scale, np.random.default_rng(0)) == []
+
+
+def test_score_of_random_actions() -> None:
+    score = random_policy_score("CartPole-v1", n_episodes=20)
+    assert 12 < score < 40
+    assert random_policy_score("CartPole-v1", n_episodes=20) == score
+
+
+ENDLESS = """
+import gymnasium as gym
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class Endless(CartPoleEnv):
+    def step(self, action):
+        observation, reward, _, _, info = super().step(action)
+        return observation, reward, False, False, info
+
+class Broken(CartPoleEnv):
+    def step(self, action):
+        raise OSError("no display")
+
+gym.register("Endless-v0", Endless)
+gym.register("Broken-v0", Broken)
+"""
+
+
+def test_random_actions_that_fail_lose_no_report(
+    finished: tuple[Path, pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "endless_envs.py").write_text(ENDLESS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sb3_episodic_a2c.tools.report.RANDOM_TIMESTEPS", 500)
+    arguments = {**GRID, "envs": ["Endless-v0", "Broken-v0"], "algorithms": ["a2c"], "gym_packages": ["endless_envs"]}
+    config = tmp_path / "a2c.yml"
+    config.write_text("default: {n_timesteps: 1000, policy: MlpPolicy}")
+    cells = plan_cells(**arguments, configs={"a2c": str(config)}, output=tmp_path / "out")
+    frame = results_frame(cells, dict.fromkeys(cells, "it failed"))
+    with pytest.warns(UserWarning, match="random actions failed"):
+        write_report(frame, cells, tmp_path / "out", {}, console=Console(quiet=True))
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "Not normalised: Endless-v0: random actions failed: not usable, left out; Broken-v0" in report
+    assert len(pd.read_csv(tmp_path / "out" / "results.csv")) == 4
+    # As many episodes as fit
+    assert 5 < random_policy_score("CartPole-v1") < 60
+
+
+def test_one_seed_says_that_there_is_no_interval(finished: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+    cells = [cell for cell in plan_cells(**GRID, output=finished[0]) if cell.seed == 0]
+    assert all(load_cell(cell) is not None for cell in cells)
+    frame = results_frame(cells, {})
+    write_report(frame, cells, tmp_path, {}, console=Console(quiet=True))
+    assert "(no interval)" in (tmp_path / "report.md").read_text()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["summaries"][0]["iqm"]["final"]["low"] is None
+
+
+def test_terminal_table(capsys: pytest.CaptureFixture) -> None:
+    print_table("title", [["environment", "b"], ["x", "1"], ["y", "[2]"]], Console(width=80))
+    printed = capsys.readouterr().out
+    assert "title" in printed and "[2]" in printed
+    assert len(set(map(len, printed.strip().splitlines()[1:]))) == 1
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_terminal_tables_cut_no_names_and_no_figures(width: int) -> None:
+    runs = {("MountainCarContinuous-v0", name): [[0, 90, 91.25]] * 3 for name in ("episodic_a2c_mask", "a2c-matched")}
+    summaries = summarize(frame_of(runs), np.random.default_rng(0))
+    for rows in (score_table(summaries, []), cost_table(summaries)):
+        console = Console(width=width, record=True, file=io.StringIO())
+        print_table("title", rows, console)
+        printed = console.export_text()
+        assert "…" not in printed
+        assert "MountainCarContinuous-v0" in printed and "episodic_a2c_mask" in printed and "a2c-matched" in printed
+        assert all(cell in printed for row in rows[1:] for cell in row)
+        assert max(map(len, printed.splitlines())) <= width
+
+
+def test_styles_differ_in_colour_and_in_shape() -> None:
+    for column in zip(*STYLES, strict=True):
+        assert len(set(map(str, column))) == len(STYLES)
+
+
+def test_cells_of_the_same_kind_are_equal(tmp_path: Path) -> None:
+    first, again = (plan_cells(**GRID, output=tmp_path) for _ in range(2))
+    assert first == again
+    assert len({*first, *again}) == len(first)
+    assert isinstance(first[0], Cell)
+    assert importlib.util.find_spec("joblib") is not None

@@ -1,0 +1,478 @@
+"""RL Zoo with our algorithms: its scripts as a user types them, our hyperparameters, samplers."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import optuna
+import pytest
+import torch as th
+import yaml
+from gymnasium import spaces
+from rl_zoo3 import ALGOS
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import load_results
+from stable_baselines3.common.utils import FloatSchedule
+
+from sb3_episodic_a2c import EpisodicA2C, ResumableCheckpointCallback, notebook_preset, resume
+from sb3_episodic_a2c.__main__ import ZOO_COMMANDS, main
+from sb3_episodic_a2c.tools import zoo
+from sb3_episodic_a2c.tools.zoo import ALGORITHMS, config_path, register
+from tests.variant_envs import make_random_envs
+
+CHECKOUT = Path(__file__).parent.parent
+
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+    "MPLBACKEND": "Agg",
+    "SDL_VIDEODRIVER": "dummy",
+    "WANDB_MODE": "offline",
+}
+
+CONFIGS = {name: yaml.safe_load(config_path(name).read_text()) for name in [*ALGORITHMS, "notebook"]}
+
+SHORT = ("--eval-freq", "-1", "--device", "cpu")
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sb3_episodic_a2c", *arguments],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    """Run a command that must succeed, and return what it printed."""
+    return finish(start(*arguments, cwd=cwd))
+
+
+# ------------------------------------------------------------------ scripts
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two runs of two evaluations each. What is written there stays there."""
+    folder = tmp_path_factory.mktemp("zoo")
+    arguments = (
+        "train",
+        "--env",
+        "CartPole-v1",
+        "-n",
+        "1000",
+        "--eval-freq",
+        "500",
+        "--eval-episodes",
+        "2",
+        "--device",
+        "cpu",
+    )
+    output = run(*arguments, "-P", "--seed", "1", "--save-freq", "500", "-tb", "tb", cwd=folder)
+    assert str(config_path("episodic_a2c")) in output
+    # As `callback: {sb3_episodic_a2c.ResumableCheckpointCallback: {...}}` in a config
+    callback = "callback:{'sb3_episodic_a2c.ResumableCheckpointCallback':{'save_path':'checkpoints','save_freq':200,'keep':9}}"
+    params = ("learning_rate:'lin_0.01'", "n_envs:2", "normalize:True", callback)
+    run(*arguments, "--seed", "2", "-params", *params, cwd=folder)
+    return folder
+
+
+def test_train_writes_an_ordinary_run_folder(trained: Path) -> None:
+    folder = trained / "logs" / "episodic_a2c" / "CartPole-v1_1"
+    for name in ("CartPole-v1.zip", "best_model.zip", "rl_model_500_steps.zip", "rl_model_1000_steps.zip", "0.monitor.csv"):
+        assert (folder / name).is_file()
+    assert EpisodicA2C.load(folder / "CartPole-v1.zip").num_timesteps == 1_000
+    assert np.load(folder / "evaluations.npz")["timesteps"].tolist() == [500, 1_000]
+    # As the user typed it
+    command = (folder / "CartPole-v1" / "command.txt").read_text()
+    assert command.endswith("-m sb3_episodic_a2c train " + command.partition(" train ")[2])
+    assert "--conf-file" not in command
+    assert list((trained / "tb" / "CartPole-v1").glob("EpisodicA2C_1/events*"))
+
+    second = trained / "logs" / "episodic_a2c" / "CartPole-v1_2"
+    model = EpisodicA2C.load(second / "CartPole-v1.zip")
+    assert (model.n_envs, model.learning_rate(0.5)) == (2, 0.005)  # type: ignore[operator]
+    assert (second / "CartPole-v1" / "vecnormalize.pkl").is_file()
+    # The grids line up, whatever the number of environments
+    assert np.load(second / "evaluations.npz")["timesteps"].tolist() == [500, 1_000]
+
+
+def test_train_is_resumed(trained: Path, tmp_path: Path) -> None:
+    """What `train` would have made of its third checkpoint is what resuming there makes of it, evaluations or not."""
+    run_folder = trained / "logs" / "episodic_a2c" / "CartPole-v1_2"
+    episodes = load_results(str(run_folder))
+    checkpoints = Path(shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints"))
+    paths = sorted(checkpoints.glob("checkpoint_*_steps.zip"))
+    assert len(paths) >= 4 and paths[-1].name.endswith("_1000_steps.zip")
+    for path in paths[3:]:
+        path.unlink()
+    model = resume(checkpoints, device="cpu")
+    assert model is not None and 600 <= model.num_timesteps < 1_000
+    callback = ResumableCheckpointCallback(checkpoints, save_freq=200)
+    model.learn(1_000 - model.num_timesteps, reset_num_timesteps=False, callback=callback)
+    finished = EpisodicA2C.load(run_folder / "CartPole-v1.zip", device="cpu")
+    assert model.num_timesteps == finished.num_timesteps
+    for one, other in zip(model.policy.parameters(), finished.policy.parameters(), strict=True):
+        assert th.equal(one, other)
+    assert resume(checkpoints, device="cpu").num_timesteps == 1_000  # type: ignore[union-attr]
+    # Written anew from the checkpoint on
+    assert load_results(str(run_folder))["r"].tolist() == episodes["r"].tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--load-best", "--exp-id", "2"),
+        pytest.param(("--load-checkpoint", "500", "--exp-id", "1"), marks=pytest.mark.slow),
+        pytest.param(("--load-last-checkpoint", "--exp-id", "1", "--n-envs", "2"), marks=pytest.mark.slow),
+    ],
+    ids=lambda options: options[0],
+)
+def test_enjoy(options: tuple[str, ...], trained: Path, tmp_path: Path) -> None:
+    rewards = str(tmp_path / "rewards")
+    run("enjoy", "--env", "CartPole-v1", "--no-render", "-n", "600", "--reward-log", rewards, *options, cwd=trained)
+    assert len(load_results(rewards)) > 0
+
+
+def test_record_video(trained: Path) -> None:
+    run("record_video", "--env", "CartPole-v1", "-n", "20", "--exp-id", "2", "-o", "videos", cwd=trained)
+    (video,) = (trained / "videos").glob("final-model-episodic_a2c-*.mp4")
+    assert video.stat().st_size > 1_000
+
+
+@pytest.mark.slow
+def test_record_training(trained: Path) -> None:
+    run("record_training", "--env", "CartPole-v1", "-n", "20", "--exp-id", "1", "-o", "training", "--gif", cwd=trained)
+    folder = trained / "training"
+    assert len(list(folder.glob("checkpoint-*.mp4"))) == 2
+    for name in ("training.mp4", "training.gif"):
+        assert (folder / name).stat().st_size > 1_000
+
+
+def test_plots(trained: Path) -> None:
+    run("plot_train", "--env", "CartPole-v1", "--episode-window", "3", cwd=trained)
+    output = run("all_plots", "--env", "CartPole-v1", "--output", "results", cwd=trained)
+    assert "EPISODIC_A2C" in output
+    run("plot_from_file", "--input", "results.pkl", "--output", "plot.svg", cwd=trained)
+    assert (trained / "plot.svg").stat().st_size > 1_000
+
+
+@pytest.mark.slow
+def test_benchmark(trained: Path) -> None:
+    run("benchmark", "--no-hub", "-n", "600", cwd=trained)
+    assert "|episodic_a2c|CartPole-v1|" in (trained / "logs" / "benchmark" / "benchmark.md").read_text()
+
+
+def test_train_goes_on_with_a_trained_agent(trained: Path, tmp_path: Path) -> None:
+    agent = trained / "logs" / "episodic_a2c" / "CartPole-v1_2" / "CartPole-v1.zip"
+    options = ("-i", str(agent), "-params", "n_envs:2", "normalize:True", "gamma:0.9")
+    output = run("train", "--env", "CartPole-v1", "-n", "500", *SHORT, *options, cwd=tmp_path)
+    assert "Loading pretrained agent" in output
+    assert "Loading saved VecNormalize stats" in output
+    model = EpisodicA2C.load(tmp_path / "logs" / "episodic_a2c" / "CartPole-v1_1" / "CartPole-v1.zip")
+    assert model.gamma == 0.9
+    assert model._n_updates > EpisodicA2C.load(agent)._n_updates
+
+
+@pytest.mark.slow
+def test_train_in_subprocesses(tmp_path: Path) -> None:
+    run("train", "--env", "CartPole-v1", "-n", "500", "--vec-env", "subproc", "-params", "n_envs:2", *SHORT, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_train_with_another_config(tmp_path: Path) -> None:
+    options = ("-conf", str(config_path("notebook")), "--verbose", "0")
+    run("train", "--env", "CartPole-v1", "-n", "300", *SHORT, *options, cwd=tmp_path)
+    model = EpisodicA2C.load(tmp_path / "logs" / "episodic_a2c" / "CartPole-v1_1" / "CartPole-v1.zip")
+    assert (model.standardize_returns, model.detach_advantage) == ("episode", False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["episodic_a2c_lstm", "a2c"])
+def test_train_another_algorithm(algorithm: str, tmp_path: Path) -> None:
+    """The Zoo's own algorithms keep the Zoo's hyperparameters."""
+    output = run("train", "--algo", algorithm, "--env", "CartPole-v1", "-n", "300", *SHORT, cwd=tmp_path)
+    assert ("zoo_configs" in output) == (algorithm != "a2c")
+    run("enjoy", "--algo", algorithm, "--env", "CartPole-v1", "-n", "50", "--no-render", "-f", "logs", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_tracking_by_weights_and_biases(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="an option of the Zoo that the user installs")
+    # `ENVIRONMENT` says that nothing goes over the net
+    run("train", "--env", "CartPole-v1", "-n", "600", "--track", *SHORT, cwd=tmp_path)
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert next(folder.glob("*.wandb")).stat().st_size > 1_000
+    assert list((tmp_path / "runs").rglob("events*"))
+
+
+@pytest.mark.slow
+def test_help_is_the_zoos(tmp_path: Path) -> None:
+    for command in ZOO_COMMANDS:
+        assert "[-h]" in run(command, "--help", cwd=tmp_path)
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    output = capsys.readouterr().out
+    assert all(command in output for command in ZOO_COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "package, command, message",
+    [
+        ("rl_zoo3", ["train"], "No module named 'rl_zoo3'. Install it with: pip install 'sb3-episodic-a2c[zoo]'"),
+        ("requests", ["enjoy"], "pip install 'sb3-episodic-a2c[zoo]'"),
+        ("wandb", ["train", "--track"], "pip install wandb"),
+    ],
+)
+def test_missing_packages_are_one_line(package: str, command: list[str], message: str, tmp_path: Path) -> None:
+    # A package of that name that cannot be imported
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{package}'\", name='{package}')")
+    process = start(*command, cwd=tmp_path)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in output
+
+
+# ------------------------------------------------------------------ hyperparameter search
+
+
+def test_two_workers_finish_one_study(tmp_path: Path) -> None:
+    storage = tmp_path / "storage" / "study.log"
+    options = ("-optimize", "--storage", str(storage), "--study-name", "pendulum", "--max-total-trials", "4")
+    sampler = ("--n-startup-trials", "2", "--eval-episodes", "1", "--no-optim-plots", "-params", "normalize:False", "n_envs:2")
+    workers = [
+        start("train", "--env", "Pendulum-v1", "-n", "500", *SHORT, *options, *sampler, "-f", "logs", cwd=tmp_path)
+        for _ in range(2)
+    ]
+    outputs = [finish(worker) for worker in workers]
+    assert all("Best trial:" in output for output in outputs)
+    backend = optuna.storages.journal.JournalFileBackend(str(storage))
+    study = optuna.load_study(study_name="pendulum", storage=optuna.storages.JournalStorage(backend))
+    # Each counts the running trials of the other, but the two can start their last ones at the same moment
+    assert 4 <= len(study.trials) <= 5
+    assert {"use_sde", "log_std_init", "partial_episodes", "standardize_returns"} <= set(study.trials[0].params)
+    # Only reports: no empty run folder, which `enjoy` would take for the latest run
+    assert {path.suffix for path in (tmp_path / "logs" / "episodic_a2c").iterdir()} == {".csv", ".pkl"}
+
+    options = ("--storage", str(storage), "--study-name", "pendulum", "--trial-id", "0")
+    run("train", "--env", "Pendulum-v1", "-n", "400", *SHORT, *options, "-params", "n_envs:2", cwd=tmp_path)
+    folder = tmp_path / "logs" / "episodic_a2c" / "Pendulum-v1_1"
+    model = EpisodicA2C.load(folder / "Pendulum-v1.zip")
+    trial_params = study.trials[0].params
+    assert model.gamma == pytest.approx(1 - trial_params["one_minus_gamma"])
+    assert model.standardize_returns == trial_params["standardize_returns"]
+    assert model.use_sde == trial_params["use_sde"]
+    assert model.policy_kwargs["log_std_init"] == trial_params["log_std_init"]
+    run("enjoy", "--env", "Pendulum-v1", "-n", "200", "--no-render", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_search_in_two_threads(tmp_path: Path) -> None:
+    options = ("-optimize", "--n-trials", "4", "--n-jobs", "2", "--n-startup-trials", "2", "--no-optim-plots")
+    study = ("--storage", str(tmp_path / "study.log"), "--study-name", "cartpole", "--eval-episodes", "1")
+    run("train", "--env", "CartPole-v1", "-n", "600", *SHORT, *options, *study, "-f", "logs", cwd=tmp_path)
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "study.log"))
+    trials = optuna.load_study(study_name="cartpole", storage=optuna.storages.JournalStorage(backend)).trials
+    assert len(trials) == 4
+    assert all(trial.state.is_finished() and trial.state != optuna.trial.TrialState.FAIL for trial in trials)
+    (report,) = (tmp_path / "logs" / "episodic_a2c").glob("*.csv")
+    assert len(report.read_text().splitlines()) == 1 + len(trials)
+
+
+def test_register_twice_changes_nothing() -> None:
+    before = dict(ALGOS), dict(HYPERPARAMS_SAMPLER), dict(HYPERPARAMS_CONVERTER)
+    register()
+    after = dict(ALGOS), dict(HYPERPARAMS_SAMPLER), dict(HYPERPARAMS_CONVERTER)
+    register()
+    assert (ALGOS, HYPERPARAMS_SAMPLER, HYPERPARAMS_CONVERTER) == after
+    for registered, upstream in zip(after, before, strict=True):
+        assert registered.keys() == upstream.keys() | ALGORITHMS.keys()
+        assert {name: registered[name] for name in upstream} == upstream
+    assert {name: ALGOS[name] for name in ALGORITHMS} == ALGORITHMS
+
+
+SPACES = {"discrete": spaces.Discrete(5), "box": spaces.Box(-1.0, 1.0, (2,))}
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_samples_are_arguments(algorithm: str, n_envs: int, space: str) -> None:
+    if algorithm == "episodic_a2c_mask" and space == "box":
+        pytest.skip("masks are for discrete actions")
+    register()
+    n_actions = 2 if space == "box" else 0
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    policy = "MlpLstmPolicy" if algorithm == "episodic_a2c_lstm" else "MlpPolicy"
+    env = make_random_envs(SPACES[space], n_envs)
+    for _ in range(6):
+        trial = study.ask()
+        arguments = HYPERPARAMS_SAMPLER[algorithm](trial, n_actions, n_envs, {})
+        # What is stored is enough to build the arguments again
+        stored = ExperimentManager._preprocess_schedules(HYPERPARAMS_CONVERTER[algorithm](trial.params))
+        for progress_remaining in (1.0, 0.25):
+            schedules = [FloatSchedule(params["learning_rate"]) for params in (arguments, stored)]
+            assert schedules[0](progress_remaining) == pytest.approx(schedules[1](progress_remaining))
+        assert stored | {"learning_rate": arguments["learning_rate"]} == arguments
+        assert ("use_sde" in arguments) == (space == "box")
+        assert ("partial_episodes" in arguments) == (n_envs > 1)
+        model = ALGORITHMS[algorithm](policy, env, device="cpu", **arguments)
+        assert model.policy_kwargs.items() >= arguments["policy_kwargs"].items()
+        model.learn(100)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_diverging_trial_is_pruned() -> None:
+    """The Zoo prunes a trial at a ValueError; any other error ends the study."""
+    model = EpisodicA2C("MlpPolicy", "Pendulum-v1", learning_rate=1e30, device="cpu")
+    with pytest.raises(ValueError):
+        model.learn(2_000)
+
+
+# ------------------------------------------------------------------ hyperparameters
+
+
+ENTRIES = [(name, env_id) for name in CONFIGS for env_id in CONFIGS[name] if env_id != "atari" and not (name.endswith("mask"))]
+
+
+@pytest.mark.filterwarnings("ignore:No episode ended")
+@pytest.mark.parametrize("name, env_id", ENTRIES, ids=["-".join(entry) for entry in ENTRIES])
+def test_entries_train(name: str, env_id: str, tmp_path: Path) -> None:
+    register()
+    manager = ExperimentManager(
+        args=type("Arguments", (), {})(),
+        algo=name if name in ALGORITHMS else "episodic_a2c",
+        env_id="CartPole-v1" if env_id == "default" else env_id,
+        log_folder=str(tmp_path),
+        config=str(config_path(name)),
+        n_timesteps=300,
+        eval_freq=-1,
+        verbose=0,
+        device="cpu",
+        log_interval=-1,
+        seed=0,
+    )
+    results = manager.setup_experiment()
+    assert results is not None
+    model, hyperparams = results
+    model.learn(300)
+    assert 300 <= model.num_timesteps < 300 + hyperparams.get("n_envs", 1)
+    model.env.close()  # type: ignore[union-attr]
+
+
+def test_mask_entry_trains() -> None:
+    hyperparams = dict(CONFIGS["episodic_a2c_mask"]["default"])
+    del hyperparams["n_timesteps"]
+    ALGORITHMS["episodic_a2c_mask"](env=make_random_envs(spaces.Discrete(5)), **hyperparams).learn(300)
+
+
+def test_entries_promised() -> None:
+    assert list(CONFIGS["episodic_a2c"]) == [
+        "default",
+        "CartPole-v1",
+        "Acrobot-v1",
+        "MountainCar-v0",
+        "MountainCarContinuous-v0",
+        "Pendulum-v1",
+        "LunarLander-v3",
+        "LunarLanderContinuous-v3",
+        "BipedalWalker-v3",
+        "atari",
+    ]
+    for config in CONFIGS.values():
+        for env_id, entry in config.items():
+            # The Zoo merges nothing: an entry is all there is
+            assert {"n_timesteps", "policy"} <= entry.keys()
+            assert env_id in ("default", "atari") or gym.spec(env_id)
+
+
+@pytest.mark.parametrize("env_id", CONFIGS["notebook"])
+def test_notebook_config_is_the_preset(env_id: str) -> None:
+    entry: dict[str, Any] = dict(CONFIGS["notebook"][env_id])
+    del entry["n_timesteps"]
+    entry["policy_kwargs"] = eval(entry["policy_kwargs"])
+    assert entry == notebook_preset()
+
+
+def test_atari_entry_fits_the_algorithm() -> None:
+    """ale-py is no dependency: images of that shape are enough."""
+
+    class Images(gym.Env):
+        observation_space = spaces.Box(0, 255, (84, 84, 4), np.uint8)
+        action_space = spaces.Discrete(4)
+
+        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+            self.steps_left = 10
+            return self.observation_space.sample(), {}
+
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            self.steps_left -= 1
+            return self.observation_space.sample(), 1.0, self.steps_left == 0, False, {}
+
+    entry = dict(CONFIGS["episodic_a2c"]["atari"])
+    for name in ("n_timesteps", "n_envs", "frame_stack", "env_wrapper"):
+        del entry[name]
+    EpisodicA2C(env=make_vec_env(Images, n_envs=2), device="cpu", **entry).learn(40)
+
+
+def test_config_path_refuses_other_names() -> None:
+    with pytest.raises(ValueError, match="Use one of"):
+        config_path("ppo")
+
+
+# ------------------------------------------------------------------ launcher
+
+
+def test_the_users_arguments_win() -> None:
+    defaults = zoo._default_arguments
+    config = str(config_path("episodic_a2c_lstm"))
+    assert defaults("train", ["--algo", "episodic_a2c_lstm"]) == ["--algo", "episodic_a2c", "--conf-file", config]
+    assert defaults("train", ["--env", "X-v0", "--algo=ppo"]) == ["--algo", "episodic_a2c"]
+    assert defaults("enjoy", []) == ["--algo", "episodic_a2c", "--folder", "logs"]
+    # Agents of its own algorithms are downloaded by the Zoo
+    assert defaults("enjoy", ["--algo", "ppo"]) == ["--algo", "episodic_a2c"]
+    assert defaults("plot_from_file", ["-i", "x"]) == []
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_hold_the_configs(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path)], cwd=CHECKOUT, check=True, capture_output=True
+    )
+    names = {f"{name}.yml" for name in CONFIGS}
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        assert names == {Path(name).name for name in wheel.namelist() if name.startswith("sb3_episodic_a2c/zoo_configs/")}
+        # Where `config_path` looks when the package is not in a checkout
+        wheel.extractall(tmp_path / "site-packages")
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:
+        assert names == {Path(name).name for name in sdist.getnames() if "/zoo_configs/" in name}
+    code = "from sb3_episodic_a2c.tools.zoo import config_path; print(config_path('episodic_a2c'))"
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path / "site-packages")}
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    assert Path(output.strip()) == tmp_path / "site-packages" / "sb3_episodic_a2c" / "zoo_configs" / "episodic_a2c.yml"
