@@ -370,7 +370,7 @@ def test_kill_and_start_again(finished: tuple[Path, pd.DataFrame], tmp_path: Pat
     # The same table, but for the times
     whole, again = (json.loads((folder / "results.json").read_text())["summaries"] for folder in (finished[0], output))
     for one, other in zip(whole, again, strict=True):
-        for name in ("scores", "iqm", "mean", "std", "probability", "n_seeds", "timesteps_to_threshold", "timesteps"):
+        for name in ("scores", "iqm", "mean", "std", "probability", "seeds", "timesteps_to_threshold", "timesteps"):
             assert one[name] == other[name]
 
 
@@ -726,6 +726,11 @@ def test_summary_of_known_runs() -> None:
     # 500 and 100 win three times each; 30 wins once, ties once
     assert other.probability is not None
     assert other.probability["final"].value == pytest.approx(7.5 / 9)
+    # Seed by seed: 500 against 0, 100 against 30, 30 against 40
+    assert ours.n_pairs_won is None
+    assert other.n_pairs_won is not None
+    assert (other.n_pairs, other.n_pairs_won["final"]) == (3, 2)
+    assert "| 2 of 3 seeds | 3 |" in markdown_table(score_table([ours, other], []))
     # What was reached before training does not count
     assert (ours.n_solved, ours.timesteps_to_threshold, ours.seconds_to_threshold) == (2, 100, 1)
     assert (other.n_solved, other.timesteps_to_threshold) == (1, np.inf)

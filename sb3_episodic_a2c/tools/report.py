@@ -41,7 +41,6 @@ class Summary:
     algorithm: str
     seeds: list[int]
     """Of finished runs."""
-    n_seeds: int
     n_failed: int
     scores: dict[str, np.ndarray] = field(repr=False)
     """Metric: one score a run, in the order of the seeds; shape ``(n_seeds,)``"""
@@ -50,6 +49,10 @@ class Summary:
     std: dict[str, float]
     probability: dict[str, Estimate] | None
     """Metric: that a run of the first algorithm is better; None for itself."""
+    n_pairs: int
+    """Seeds with a finished run of this and of the first algorithm."""
+    n_pairs_won: dict[str, float] | None
+    """Metric: on how many of these the first algorithm is better, a tie counting half; None for itself."""
     n_solved: int
     """Runs of which an evaluation reached the threshold."""
     timesteps_to_threshold: float
@@ -63,6 +66,10 @@ class Summary:
     train_seconds: float
     eval_seconds: float
     timesteps_per_second: float
+
+    @property
+    def n_seeds(self) -> int:
+        return len(self.seeds)
 
 
 @dataclass
@@ -118,9 +125,15 @@ def _summarize(env_id: str, algorithm: str, rows: pd.DataFrame, first: Summary |
         "final": np.array([run["mean_reward"].iloc[-1] for run in runs]),
         "area": np.array([statistics.normalized_area(run["timesteps"], run["mean_reward"]) for run in runs]),
     }
+    seeds = [int(run["seed"].iloc[0]) for run in runs]
     nothing = Estimate(math.nan, math.nan, math.nan)
-    probability = None
+    probability, pairs, n_pairs_won = None, [], None
     if first is not None:
+        pairs = [seed for seed in seeds if seed in first.seeds]
+        n_pairs_won = {
+            metric: _n_wins(_of_seeds(pairs, first.seeds, first.scores[metric]), _of_seeds(pairs, seeds, scores[metric]))
+            for metric in METRICS
+        }
         probability = {
             metric: statistics.probability_of_improvement([first.scores[metric]], [scores[metric]])
             if runs and first.n_seeds
@@ -128,27 +141,26 @@ def _summarize(env_id: str, algorithm: str, rows: pd.DataFrame, first: Summary |
             for metric in METRICS
         }
     threshold = reward_threshold(env_id)
-    # Not counting luck before training
-    solved = (
-        [run[(run["mean_reward"] >= threshold) & (run["evaluation"] > 0)] for run in runs] if threshold is not None else []
-    )
+    reached = [_is_reached(run, threshold) for run in runs] if threshold is not None else []
+    runs_reached = list(zip(runs, reached, strict=False))
     moments = {metric: statistics.mean_and_std(scores[metric]) if runs else (math.nan, math.nan) for metric in METRICS}
     ends = [run.iloc[-1] for run in runs]
     return Summary(
         env_id=env_id,
         algorithm=algorithm,
-        seeds=[int(run["seed"].iloc[0]) for run in runs],
-        n_seeds=len(runs),
+        seeds=seeds,
         n_failed=int((rows["status"] == "failed").sum()),
         scores=scores,
         iqm={metric: statistics.stratified_iqm([scores[metric]], rng) if runs else nothing for metric in METRICS},
         mean={metric: mean for metric, (mean, _) in moments.items()},
         std={metric: std for metric, (_, std) in moments.items()},
         probability=probability,
-        n_solved=sum(len(run) > 0 for run in solved),
-        timesteps_to_threshold=_median([run["timesteps"].iloc[0] if len(run) else math.inf for run in solved]),
-        seconds_to_threshold=_median([run["train_seconds"].iloc[0] if len(run) else math.inf for run in solved]),
-        timesteps_to_stay=_median([_timesteps_to_stay(run, threshold) for run in runs] if threshold is not None else []),
+        n_pairs=len(pairs),
+        n_pairs_won=n_pairs_won,
+        n_solved=sum(bool(is_reached.any()) for is_reached in reached),
+        timesteps_to_threshold=_median([_first(run["timesteps"], is_reached) for run, is_reached in runs_reached]),
+        seconds_to_threshold=_median([_first(run["train_seconds"], is_reached) for run, is_reached in runs_reached]),
+        timesteps_to_stay=_median([_first(run["timesteps"], _stays(is_reached)) for run, is_reached in runs_reached]),
         timesteps=_median([end["timesteps"] for end in ends]),
         train_seconds=_median([end["train_seconds"] for end in ends]),
         eval_seconds=_median([end["eval_seconds"] for end in ends]),
@@ -156,10 +168,28 @@ def _summarize(env_id: str, algorithm: str, rows: pd.DataFrame, first: Summary |
     )
 
 
-def _timesteps_to_stay(run: pd.DataFrame, threshold: float) -> float:
-    below = (run["mean_reward"] < threshold).to_numpy()
-    first = max(1, int(below.nonzero()[0].max(initial=0)) + 1)
-    return float(run["timesteps"].iloc[first]) if first < len(run) else math.inf
+def _of_seeds(wanted: Sequence[int], seeds: list[int], scores: np.ndarray) -> np.ndarray:
+    """The scores, of ``(n_seeds,)``, of some seeds: ``(len(wanted),)``."""
+    return scores[[seeds.index(seed) for seed in wanted]]
+
+
+def _n_wins(ours: np.ndarray, others: np.ndarray) -> float:
+    return float(np.sum(ours > others) + np.sum(ours == others) / 2)
+
+
+def _is_reached(run: pd.DataFrame, threshold: float) -> np.ndarray:
+    """``(n_evaluations,)`` booleans: where a run is at or above a threshold, not counting luck before training."""
+    return ((run["mean_reward"] >= threshold) & (run["evaluation"] > 0)).to_numpy()
+
+
+def _stays(is_reached: np.ndarray) -> np.ndarray:
+    """The same, but only where it holds at all later evaluations, too."""
+    return np.logical_and.accumulate(is_reached[::-1])[::-1]
+
+
+def _first(values: pd.Series, condition: np.ndarray) -> float:
+    """The value where a condition first holds; infinity if it never does."""
+    return float(values.to_numpy()[condition.argmax()]) if condition.any() else math.inf
 
 
 def _median(values: list[float]) -> float:
@@ -262,7 +292,7 @@ def summarize_overall(summaries: Sequence[Summary], scale: dict[str, Scale], rng
 
     def strata(algorithm: str, metric: str) -> list[np.ndarray]:
         chosen = [by_name[env_id, algorithm] for env_id in env_ids]
-        return [scale[one.env_id].normalize(one.scores[metric][[one.seeds.index(seed) for seed in seeds]]) for one in chosen]
+        return [scale[one.env_id].normalize(_of_seeds(seeds, one.seeds, one.scores[metric])) for one in chosen]
 
     return [
         Overall(
@@ -288,18 +318,20 @@ def score_table(summaries: Sequence[Summary], overall: Sequence[Overall]) -> lis
     """Rows of text, the header first: what the algorithms reach."""
     first = summaries[0].algorithm
     header = ["environment", "algorithm", "final evaluation, IQM (95% interval)", "final, mean ± std"]
-    header += ["area under the curve, IQM (95% interval)", "area, mean ± std", f"P({first} is better), final", "seeds"]
+    header += ["area under the curve, IQM (95% interval)", "area, mean ± std", f"P({first} is better), final"]
+    header += [f"{first} is better on, final", "seeds"]
     rows = [header]
     for summary in summaries:
         row = [summary.env_id, summary.algorithm]
         for metric in METRICS:
             row += [_interval(summary.iqm[metric]), f"{_number(summary.mean[metric])} ± {_number(summary.std[metric])}"]
         row.append(_interval(summary.probability["final"], 2) if summary.probability else "")
+        row.append(f"{summary.n_pairs_won['final']:g} of {summary.n_pairs} seeds" if summary.n_pairs_won else "")
         row.append(f"{summary.n_seeds}" + (f", {summary.n_failed} FAILED" if summary.n_failed else ""))
         rows.append(row)
     for whole in overall:
         row = ["all, normalised", whole.algorithm, _interval(whole.iqm["final"], 2), "", _interval(whole.iqm["area"], 2), ""]
-        rows.append([*row, _interval(whole.probability["final"], 2) if whole.probability else "", f"{len(whole.seeds)}"])
+        rows.append([*row, _interval(whole.probability["final"], 2) if whole.probability else "", "", f"{len(whole.seeds)}"])
     return rows
 
 
@@ -632,7 +664,7 @@ def _markdown(
         markdown_table(score_table(summaries, overall)),
         "IQM: mean of the runs without the lowest and the highest quarter, with a stratified bootstrap interval. Area: mean "
         "reward over the budget (trapezoids between evaluations). P: share of pairs of runs of which the first algorithm's is "
-        "better, ties half.",
+        "better, ties half; beside it the same for equal seeds only.",
     ]
     if overall:
         parts.append(
