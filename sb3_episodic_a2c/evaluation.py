@@ -48,6 +48,10 @@ def evaluate_actions(
 # ---------------------------------------------------------------------- which policies
 
 
+OF_TRAINING = {"evaluate_actions", "forward_critic"}
+"""Methods that are called in training only, where somebody may have put another one on the object itself."""
+
+
 class _Activation(NamedTuple):
     """Both functions write into their first argument, and return it."""
 
@@ -90,27 +94,32 @@ def find_plain_networks(policy: ActorCriticPolicy) -> PlainNetworks | None:
         or not policy.share_features_extractor
         # It knows the actor's half, and whose methods were replaced
         or reason_against_numpy(policy) is not None
-        or type(policy.mlp_extractor) is not MlpExtractor
-        or not {"evaluate_actions", "forward_critic"}.isdisjoint([*policy.__dict__, *policy.mlp_extractor.__dict__])
     ):
         return None
-    extractor = policy.mlp_extractor
-    if type(extractor.value_net) is not nn.Sequential or _has_hooks(extractor.policy_net) or _has_hooks(extractor.value_net):
+    extractor: Any = policy.mlp_extractor
+    if type(extractor) is not MlpExtractor or not OF_TRAINING.isdisjoint([*policy.__dict__, *extractor.__dict__]):
         return None
-    actor, critic = [*extractor.policy_net, policy.action_net], [*extractor.value_net, policy.value_net]
-    linear_layers: list[Any] = [*actor[::2], *critic[::2]]
-    if not (
-        all(type(module) is nn.Linear and _is_plain(module) for module in linear_layers)
-        and all(type(module) in ACTIVATIONS for module in (*actor[1::2], *critic[1::2]))
-        and not any(_has_hooks(module) for module in (*actor, *critic))
-    ):
+    policy_net, value_net = extractor.policy_net, extractor.value_net
+    if type(value_net) is not nn.Sequential or _has_hooks(policy_net) or _has_hooks(value_net):
         return None
-    of_actor, of_critic = ([ACTIVATIONS[type(module)] for module in network[1::2]] for network in (actor, critic))
-    return PlainNetworks(policy, linear_layers, (of_actor, of_critic))
+    networks = [*policy_net, policy.action_net], [*value_net, policy.value_net]
+    for network in networks:
+        if not (
+            all(type(module) is nn.Linear and _is_plain(module) for module in network[::2])
+            and all(type(module) in ACTIVATIONS for module in network[1::2])
+            and not any(_has_hooks(module) for module in network)
+        ):
+            return None
+    actor_activations, critic_activations = ([ACTIVATIONS[type(module)] for module in network[1::2]] for network in networks)
+    linear_layers: list[Any] = [layer for network in networks for layer in network[::2]]
+    return PlainNetworks(policy, linear_layers, (actor_activations, critic_activations))
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    return layer.bias is not None and layer.weight.is_cpu and layer.weight.dtype == layer.bias.dtype == th.float32
+    return all(
+        parameter is not None and parameter.is_cpu and parameter.dtype == th.float32
+        for parameter in layer._parameters.values()
+    )
 
 
 def _has_hooks(module: nn.Module) -> bool:
