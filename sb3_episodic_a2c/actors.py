@@ -200,12 +200,12 @@ class NumpyActor:
         for weight, bias, activation in self._layers:
             if weight is not None:
                 hidden = hidden.dot(weight)
-                np.add(hidden, bias, hidden)
+                hidden += bias
             if activation is not None:
                 hidden = activation(hidden, hidden)
         weight, bias, _ = self._action_net
         output = hidden.dot(weight)
-        np.add(output, bias, output)
+        output += bias
         return hidden, output.reshape(n, -1)
 
     def sample(self, observations: Array | dict[str, Array], policy_inputs: dict[str, Array]) -> Array:
@@ -393,7 +393,7 @@ def _is_shareable(action_net: nn.Module) -> bool:
 
 def _to_numpy(tensor: th.Tensor) -> Array:
     """A view of a tensor on the CPU, a copy of one elsewhere."""
-    return tensor.detach().cpu().numpy()
+    return tensor.numpy(force=True)
 
 
 Activation = Callable[[Array, Array], Array]

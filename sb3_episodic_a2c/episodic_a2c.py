@@ -25,6 +25,7 @@ from torch import nn
 from sb3_episodic_a2c.actors import ActorChoice, make_actor
 from sb3_episodic_a2c.buffers import EpisodicRolloutBuffer
 from sb3_episodic_a2c.checks import PartialEpisodes, check_arguments, check_spaces
+from sb3_episodic_a2c.evaluation import evaluate_actions, find_plain_networks
 from sb3_episodic_a2c.faults import (
     NormalizeStatistics,
     add_note,
@@ -246,6 +247,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
         """Those of VecNormalize when the rollout began."""
         self._maybe_recommend_cpu()
         self._setup_actor()
+        self._plain_networks = find_plain_networks(self.policy)
 
     def _setup_actor(self) -> None:
         """Choose how actions are sampled. The random numbers of the NumPy actor depend on torch's seed."""
@@ -259,6 +261,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
         if self._actor.policy is not self.policy or not self._actor.refresh():
             # The user has put another one in its place, e.g. one trained by imitation, or changed it
             self._setup_actor()
+        self._plain_networks = find_plain_networks(self.policy)
 
     def set_random_seed(self, seed: int | None = None) -> None:
         super().set_random_seed(seed)
@@ -315,10 +318,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
         :param samples: ``n`` transitions
         :return: Values, log-probabilities and entropies (None where they have no analytical form), ``(n,)`` each
         """
-        values, log_prob, entropy = self.policy.evaluate_actions(
-            samples.observations, samples.actions, **samples.policy_inputs
-        )
-        return values.flatten(), log_prob, entropy
+        return evaluate_actions(self.policy, samples, self._plain_networks)
 
     # ------------------------------------------------------------------ collecting
 
@@ -780,7 +780,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
             raise
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_actor", "_before_update", "_normalize_statistics"]
+        return [*super()._excluded_save_params(), "_actor", "_plain_networks", "_before_update", "_normalize_statistics"]
 
     def _in_flight_params(self) -> list[str]:
         """Names of the attributes that belong to episodes in flight, and are of no use without their environments."""

@@ -13,7 +13,7 @@ LAYERS = [
     {"type_aliases", "returns", "losses", "presets", "files", "faults"},
     {"policies", "buffers"},
     {"actors", "callbacks"},
-    {"checks"},
+    {"checks", "evaluation"},
     {"episodic_a2c"},
     {"maskable", "recurrent"},
     {"checkpoints"},

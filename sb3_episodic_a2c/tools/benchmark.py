@@ -11,6 +11,7 @@ import multiprocessing
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ from sb3_episodic_a2c import EpisodicA2C, RecurrentEpisodicA2C
 IMAGE_ENV = "images-84x84x4"
 DEFAULT_ENVS = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "LunarLander-v3", IMAGE_ENV)
 DEFAULT_N_ENVS = (1, 8, 64)
+MAX_IMAGE_ENVS = 8
+"""More images fill gigabytes."""
 CEILING = "VecEnv"
 OURS = "EpisodicA2C"
 
@@ -95,8 +98,8 @@ class Case:
     n_envs: int
     steps_per_second: dict[str, list[float]] = field(default_factory=dict)
     """Candidate: one figure a turn."""
-    train_fraction: dict[str, float] = field(default_factory=dict)
-    """Candidate: share of the time that went into updates, in the last turn."""
+    train_fraction: dict[str, list[float]] = field(default_factory=dict)
+    """Candidate: share of the time that went into updates, one figure a turn."""
     peak_mib: dict[str, float] = field(default_factory=dict)
     """Candidate: memory that a fresh process needed for environments, model and training, beyond its imports."""
 
@@ -147,7 +150,10 @@ class Learner:
     def run(self, n_steps: int) -> int:
         before = self.model.num_timesteps if self.is_started else 0
         self.train_seconds = 0.0
-        self.model.learn(n_steps, reset_num_timesteps=not self.is_started)
+        with warnings.catch_warnings():
+            # A turn may be shorter than an episode, which then ends in a later one
+            warnings.filterwarnings("ignore", "No episode ended")
+            self.model.learn(n_steps, reset_num_timesteps=not self.is_started)
         self.is_started = True
         return self.model.num_timesteps - before
 
@@ -195,7 +201,7 @@ def measure(env_id: str, n_envs: int, candidates: list[str], repeats: int, secon
             done = player.run(n_steps[name])
             elapsed = time.perf_counter() - start
             case.steps_per_second.setdefault(name, []).append(done / elapsed)
-            case.train_fraction[name] = player.train_seconds / elapsed
+            case.train_fraction.setdefault(name, []).append(player.train_seconds / elapsed)
     for player in players.values():
         player.env.close()
     return case
@@ -308,7 +314,7 @@ def benchmark(
     on_case: Callable[[Case], None] = lambda case: None,
 ) -> list[Case]:
     """
-    :param env_ids: See :func:`make_env`; the image environment is run with at most 8 copies
+    :param env_ids: See :func:`make_env`; the image environment is run with at most :data:`MAX_IMAGE_ENVS` copies
     :param n_envs: Numbers of copies
     :param candidates: Names of algorithms
     :param repeats: Number of turns
@@ -320,12 +326,12 @@ def benchmark(
     th.set_num_threads(1)
     cases = []
     for env_id in env_ids:
-        for n in n_envs:
-            if env_id == IMAGE_ENV and n > 8:
-                continue
+        for n in dict.fromkeys(min(n, MAX_IMAGE_ENVS) for n in n_envs) if env_id == IMAGE_ENV else n_envs:
             case = measure(env_id, n, list(candidates), repeats, seconds)
             if with_memory:
-                case.peak_mib = {name: in_fresh_process(peak_memory, name, env_id, n, 4_096) for name in candidates}
+                # Several rollouts of A2C and PPO, and for every environment a whole episode of most
+                n_steps = max(4_096, 500 * n)
+                case.peak_mib = {name: in_fresh_process(peak_memory, name, env_id, n, n_steps) for name in candidates}
             cases.append(case)
             on_case(case)
     return cases
@@ -342,7 +348,7 @@ def describe(case: Case) -> list[str]:
                 cells.append(f"{statistics.median(ratios):.2f} {_spread(ratios, '{:.2f}')}")
             else:
                 cells.append("-")
-        cells.append(f"{100 * case.train_fraction[name]:.0f}%" if name != CEILING else "-")
+        cells.append(f"{100 * statistics.median(case.train_fraction[name]):.0f}%" if name != CEILING else "-")
         cells.append(f"{case.peak_mib[name]:.0f}" if name in case.peak_mib else "-")
         rows.append(" | ".join(cells))
     return rows
@@ -385,6 +391,8 @@ def run(arguments: argparse.Namespace) -> None:
     }
     print(", ".join(f"{name} {version}" for name, version in versions.items()) + "; one torch thread")
     print(f"Medians over {arguments.repeats} turns; ratios are taken within a turn\n")
+    if IMAGE_ENV in arguments.env and max(arguments.n_envs) > MAX_IMAGE_ENVS:
+        print(f"{IMAGE_ENV}: at most {MAX_IMAGE_ENVS} copies\n")
     print(HEADER)
     print("|" + "---|" * (HEADER.count("|") - 1))
 
