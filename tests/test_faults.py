@@ -250,14 +250,23 @@ class SlowEnv(FragileEnv):
         return np.zeros(3, np.float32), {}
 
 
+class CtrlCWhileWorkersStep(LastUpdate):
+    timer: threading.Timer | None = None
+
+    def _on_step(self) -> bool:
+        # No episode has ended, so no update comes before the next step
+        if self.timer is None and self.n_calls >= 20 and not self.locals["dones"].any():
+            self.timer = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+            self.timer.start()
+        return True
+
+
 def test_ctrl_c_while_workers_step(tmp_path: Path) -> None:
     """What they still answer to the interrupted step must not be taken for the answer to the reset."""
     env = forked([SlowEnv] * 2)
     model = EpisodicA2C("MlpPolicy", env, seed=0, device="cpu", policy_kwargs={"net_arch": [8]})
     for _ in range(3):
-        last_update = LastUpdate()
-        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
+        last_update = CtrlCWhileWorkersStep()
         with pytest.raises(KeyboardInterrupt):
             model.learn(100_000, callback=last_update)
         assert_same(trained_state(model), last_update.state)
