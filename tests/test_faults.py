@@ -336,6 +336,41 @@ def test_ctrl_c(algorithm: type[EpisodicA2C], place: str, tmp_path: Path) -> Non
     assert_usable(model, last_update, tmp_path)
 
 
+class Terminated(Exception):
+    """What a script makes of SIGTERM."""
+
+
+@for_all
+@pytest.mark.parametrize("and_ctrl_c", [False, True])
+def test_sigterm_that_python_handles(algorithm: type[EpisodicA2C], and_ctrl_c: bool, tmp_path: Path) -> None:
+    """Job schedulers send it. It waits for the step of the optimizer as Ctrl-C does, even where both come at once."""
+
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    def interrupt(*_: Any) -> None:
+        if model._n_updates == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            if and_ctrl_c:
+                press_ctrl_c()
+
+    model, last_update = fragile_model(algorithm), LastUpdate()
+    hook = model.policy.optimizer.register_step_pre_hook(interrupt)
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with pytest.raises(KeyboardInterrupt if and_ctrl_c else Terminated):
+            model.learn(1_000, callback=last_update)
+        assert signal.getsignal(signal.SIGTERM) is terminate
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    hook.remove()
+    # The step is made as a whole, and counted
+    assert model._n_updates == 4
+    last_update.state = trained_state(model)
+    assert_usable(model, last_update, tmp_path)
+
+
 @for_all
 def test_ctrl_c_at_random_moments(algorithm: type[EpisodicA2C], tmp_path: Path) -> None:
     """A timer, so that it comes between any two instructions."""
