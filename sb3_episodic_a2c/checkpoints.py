@@ -399,7 +399,8 @@ class _ReopenedResultsWriter(ResultsWriter):
     The file is touched when an episode ends, not when the checkpoint is loaded: somebody may only want to look into it.
 
     :param path: The file. If it is missing, it is made
-    :param size: What it had then. What was written later is cut off, as it will be written again
+    :param size: Bytes that it had then. What was written later is cut off, as it will be written again; of a file that has
+        become shorter, as a crash of the machine may leave it, the whole lines are kept
     :param fieldnames: Keys that are logged
     """
 
@@ -412,15 +413,30 @@ class _ReopenedResultsWriter(ResultsWriter):
     def write_row(self, epinfo: dict[str, Any]) -> None:
         if self.file_handler is None:
             Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-            self.file_handler = open(self.path, "a", newline="\n")
-            if self.file_handler.tell() > self.size:
-                self.file_handler.truncate(self.size)
-                self.file_handler.seek(self.size)
+            self.file_handler = open(self.path, "a+", newline="\n")
             self.logger = csv.DictWriter(self.file_handler, self.logger.fieldnames)
-            if self.file_handler.tell() == 0:
+            if self._cut() == 0:
                 self.file_handler.write(f"#{json.dumps({'t_start': time.time()})}\n")
                 self.logger.writeheader()
         super().write_row(epinfo)
+
+    def _cut(self) -> int:
+        """Cut off what does not belong into the file. Returns the bytes that are left."""
+        file = self.file_handler.buffer
+        file.seek(0)
+        log = file.read(self.size)
+        # A row behind half a row, or without the head, could not be read
+        n_kept = log.rfind(b"\n") + 1 if log.count(b"\n") >= 2 else 0
+        file.truncate(n_kept)
+        self.file_handler.seek(n_kept)
+        if n_kept < self.size:
+            warnings.warn(
+                f"{self.path} has lost episodes: it was {self.size} bytes long when the checkpoint was made, of which "
+                f"{n_kept} are left. Those to come are logged behind them; the training itself is not affected.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return n_kept
 
     def close(self) -> None:
         if self.file_handler is not None:

@@ -745,17 +745,19 @@ class EpisodicA2C(OnPolicyAlgorithm):
         Save all the attributes of the object and the model parameters in a zip-file.
 
         Unlike SB3's, it leaves a file of that name as it was until the new one is complete: a crash or a full disk
-        never costs both.
+        never costs both. Ctrl-C waits until the model is written.
 
         :param path: path to the file where the rl agent should be saved
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
         """
-        if not isinstance(path, (str, pathlib.Path)):
-            super().save(path, exclude, include)
-            return
-        with atomic_write(path if pathlib.Path(path).suffix else f"{path}.zip") as file:
-            super().save(file, exclude, include)  # type: ignore[arg-type]  # BinaryIO is one for all that SB3 does
+        # A Ctrl-C that comes while torch writes would end in an unrelated RuntimeError of torch
+        with uninterrupted():
+            if not isinstance(path, (str, pathlib.Path)):
+                super().save(path, exclude, include)
+                return
+            with atomic_write(path if pathlib.Path(path).suffix else f"{path}.zip") as file:
+                super().save(file, exclude, include)  # type: ignore[arg-type]  # BinaryIO is one for all that SB3 does
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"

@@ -24,19 +24,35 @@ WORKER_EXIT_SECONDS = 5.0
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is through, for what must not be done by half. Only the main thread is interrupted."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    """
+    Hold Ctrl-C and SIGTERM back until the block is through, for what must not be done by half.
+
+    Only the main thread is interrupted. Job schedulers announce the end of a job by SIGTERM; unless Python handles it, it
+    ends the process at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held_back: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *arguments: held_back.append(arguments))
+    # One within the other, so that what one of the handlers raises leaves none of them replaced
+    with _held_back(signal.SIGINT), _held_back(signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _held_back(signal_number: signal.Signals) -> Iterator[None]:
+    """Call the signal's handler, if Python has one, when the block is through."""
+    handler = signal.getsignal(signal_number)
+    if not callable(handler):
+        yield
+        return
+    arrived: list[Any] = []
+    signal.signal(signal_number, lambda *arguments: arrived.append(arguments))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-        if held_back:
-            handler(*held_back[-1])
+        signal.signal(signal_number, handler)
+        if arrived:
+            handler(*arrived[-1])
 
 
 def add_note(error: BaseException, note: str) -> None:
@@ -124,10 +140,9 @@ def restore_statistics(vec_normalize: VecNormalize | None, statistics: Normalize
     """
     if vec_normalize is None or statistics is None:
         return
-    spoilt = statistics_of(vec_normalize)
     moments = [
         moment
-        for rms in spoilt or ()
+        for rms in (getattr(vec_normalize, "obs_rms", None), vec_normalize.ret_rms)
         for one in (rms.values() if isinstance(rms, dict) else [rms])
         if one is not None
         for moment in (one.mean, one.var)

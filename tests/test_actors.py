@@ -305,14 +305,14 @@ def test_the_next_action_sees_every_change(
 def test_a_replaced_module_or_policy_is_seen_at_the_next_rollout(tmp_path: Any) -> None:
     model = EpisodicA2C("MlpPolicy", "CartPole-v1", seed=0, device="cpu").learn(100)
     model.policy.mlp_extractor.policy_net[0] = nn.Linear(4, 64)
-    model.learn(20)
+    model.learn(100)
     np.testing.assert_allclose(*outputs(model), rtol=1e-5, atol=1e-5)
     model.policy = EpisodicA2C("MlpPolicy", "CartPole-v1", seed=5, device="cpu").policy
-    model.learn(20)
+    model.learn(100)
     np.testing.assert_allclose(*outputs(model), rtol=1e-5, atol=1e-5)
     # What NumPy cannot do
     model.policy.mlp_extractor.policy_net[1] = nn.Dropout(0.1)
-    model.learn(20)
+    model.learn(100)
     assert isinstance(model._actor, TorchActor)
     model.save(tmp_path / "model")
     np.testing.assert_allclose(*outputs(EpisodicA2C.load(tmp_path / "model")), rtol=1e-5, atol=1e-5)
@@ -346,8 +346,8 @@ def test_actions_come_from_the_policys_own_way_of_sampling() -> None:
     model = EpisodicA2C(OwnSampling, "CartPole-v1", device="cpu")
     assert "a way of its own" in (reason_against_numpy(model.policy) or "")
     OwnSampling.n_calls = 0
-    model.learn(50)
-    assert OwnSampling.n_calls == 50
+    model.learn(100)
+    assert OwnSampling.n_calls == 100
 
     model = EpisodicA2C(SquashedPolicy, "Pendulum-v1", policy_kwargs={"log_std_init": 2.0}, device="cpu")
     assert "SquashedDiagGaussianDistribution" in (reason_against_numpy(model.policy) or "")
@@ -386,7 +386,7 @@ def test_hooks_are_not_passed_over() -> None:
     model = EpisodicA2C("MlpPolicy", "CartPole-v1", device="cpu")
     model.policy.action_net.register_forward_hook(lambda module, inputs, output: output + 1)
     assert "hooks" in (reason_against_numpy(model.policy) or "")
-    model.learn(20)
+    model.learn(100)
     assert isinstance(model._actor, TorchActor)
 
 

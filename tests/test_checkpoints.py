@@ -223,13 +223,36 @@ def test_monitor_files_go_on_where_the_checkpoint_was_made(tmp_path: Path) -> No
     actual = load_results(str(tmp_path / "monitor"))
     for key in ("r", "l"):
         assert sorted(actual[key]) == sorted(expected[key])
-    # Nobody has kept the files: they are made anew
-    shutil.rmtree(tmp_path / "monitor")
-    resumed = load_checkpoint(checkpoints.paths[2], device="cpu")
+
+
+@pytest.mark.parametrize("lost", ["all", "head", "rows", "half a row"])
+def test_monitor_files_that_have_lost_their_end(lost: str, tmp_path: Path) -> None:
+    """As after a crash of the machine, or where nobody has kept them: they can be read, and the training is the same."""
+    env = make_vec_env("CartPole-v1", 1, seed=1, monitor_dir=str(tmp_path / "monitor"))
+    model = EpisodicA2C("MlpPolicy", env, seed=0, device="cpu").learn(200)
+    save_checkpoint(model, tmp_path / "checkpoint.zip")
+    model.learn(200, reset_num_timesteps=False)
+    env.close()
+    log = tmp_path / "monitor" / "0.monitor.csv"
+    lines = log.read_bytes().splitlines(keepends=True)
+    n_kept = {"all": 0, "head": 0, "rows": 3, "half a row": 2}[lost]
+    if lost == "all":
+        shutil.rmtree(tmp_path / "monitor")
+    else:
+        log.write_bytes({"head": lines[0] + lines[1][:3], "rows": b"".join(lines[:5])}.get(lost, b"".join(lines[:5])[:-6]))
+
+    resumed = load_checkpoint(tmp_path / "checkpoint.zip", device="cpu")
     n_finished = resumed._episode_num
-    resumed.learn(600 - resumed.num_timesteps, reset_num_timesteps=False)
+    assert n_finished > 3
+    with pytest.warns(UserWarning, match=r"0\.monitor\.csv has lost episodes: it was \d+ bytes") as warned:
+        resumed.learn(200, reset_num_timesteps=False)
     resumed.env.close()
-    assert len(load_results(str(tmp_path / "monitor"))) == len(expected) - n_finished
+    assert len(warned) == 1
+    assert_same(state_of(resumed), state_of(model))
+    results = load_results(str(log.parent))
+    assert len(results) == n_kept + resumed._episode_num - n_finished
+    assert results["l"].tolist()[n_kept:] == [episode["l"] for episode in model.ep_info_buffer][n_finished:]
+    assert not results.isna().any(axis=None)
 
 
 # ---------------------------------------------------------------------- environments that cannot be pickled

@@ -1,6 +1,8 @@
 """What is collected: no bias towards short episodes, exact sums, time limits, and the budget to the step."""
 
+import itertools
 import warnings
+from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
@@ -15,9 +17,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
-from sb3_episodic_a2c import EpisodicA2C, EpisodicRolloutBuffer
+from sb3_episodic_a2c import EpisodicA2C, EpisodicRolloutBuffer, MaskableEpisodicA2C, RecurrentEpisodicA2C
 from sb3_episodic_a2c.callbacks import StopTrainingOnSolved
 from sb3_episodic_a2c.returns import discounted_returns, standardize
+from sb3_episodic_a2c.type_aliases import EpisodicRolloutBufferSamples
+from tests.envs import arguments_of
 
 
 class LengthsEnv(gym.Env):
@@ -229,6 +233,173 @@ def test_learn_afresh_forgets_running_episodes() -> None:
     assert [sum(lengths) for lengths in rollouts.lengths] == [10, 0, 10]
     # Episode 1 was cut by the reset
     assert np.unique(rollouts.observations[2][:, 1]).tolist() == [2]
+
+
+# ---------------------------------------------------------------------- all of it, against lists
+
+
+class RecordedEnv(LengthsEnv):
+    """Its lengths come round again, and it remembers its actions. All else is known from the episode and the step."""
+
+    def __init__(self, lengths: list[int], index: int, is_truncated: bool, is_dict: bool) -> None:
+        super().__init__(itertools.cycle(lengths), index, is_truncated)
+        self.actions: dict[tuple[int, int], int] = {}
+        self.is_dict = is_dict
+        if is_dict:
+            numbers = spaces.Box(0, 255, (2,), np.uint8)
+            self.observation_space = spaces.Dict({"where": LengthsEnv.observation_space, "numbers": numbers})
+
+    def observation(self, episode: int, t: int) -> Any:
+        where = np.array([self.index, episode, t], dtype=np.float64)
+        return {"where": where, "numbers": np.array([episode, t], np.uint8)} if self.is_dict else where
+
+    def _observe(self) -> Any:
+        return self.observation(self.episode, self.t)
+
+    def mask(self, episode: int, t: int) -> list[bool]:
+        number = (self.index + episode + t) % 3
+        return [number != 0, number != 1]
+
+    def action_masks(self) -> np.ndarray:
+        return np.array(self.mask(self.episode, self.t))
+
+    def step(self, action: int) -> Any:
+        self.actions[self.episode, self.t] = int(action)
+        return super().step(action)
+
+
+def episodes_of_updates(
+    lengths: list[list[int]], n_episodes: int, partial_episodes: str, budgets: list[int]
+) -> list[list[tuple[int, int]]]:
+    """Which episodes, as (environment, number), each update is to be made of."""
+    n_envs = len(lengths)
+    n_wanted = n_episodes * n_envs
+    updates: list[list[tuple[int, int]]] = []
+    complete: list[tuple[int, int]] = []
+    episode, t = [0] * n_envs, [0] * n_envs
+    # In the order of their starts since the last reset, and how many of them were complete
+    rank, n_started, n_used = list(range(n_envs)), n_envs, 0
+    for budget in budgets:
+        for n_steps in range(n_envs, budget + n_envs, n_envs):
+            for index in range(n_envs):
+                t[index] += 1
+                if t[index] == lengths[index][episode[index] % len(lengths[index])]:
+                    if partial_episodes == "carry" or rank[index] < n_wanted:
+                        complete.append((index, episode[index]))
+                        n_used += 1
+                    episode[index], t[index] = episode[index] + 1, 0
+                    rank[index], n_started = n_started, n_started + 1
+            is_full = len(complete) >= n_wanted if partial_episodes == "carry" else n_used == n_wanted
+            if complete and (is_full or n_steps >= budget):
+                updates.append(complete)
+                complete = []
+            if is_full and partial_episodes == "discard":
+                if any(t):
+                    # All are reset, also those that have not made a step yet
+                    episode, t = [number + 1 for number in episode], [0] * n_envs
+                rank, n_started, n_used = list(range(n_envs)), n_envs, 0
+    return updates
+
+
+@pytest.mark.parametrize("algorithm", [EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C])
+@pytest.mark.filterwarnings("ignore:No episode ended")
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), min_size=1, max_size=4),
+    n_episodes=st.integers(1, 3),
+    partial_episodes=st.sampled_from(["carry", "discard"]),
+    budgets=st.lists(st.integers(1, 70), min_size=1, max_size=5),
+    is_truncated=st.booleans(),
+    is_dict=st.booleans(),
+    batch_size=st.none() | st.integers(1, 30),
+    buffer_size=st.integers(1, 30),
+)
+def test_training_is_given_what_lists_would_hold(
+    algorithm: type[EpisodicA2C],
+    lengths: list[list[int]],
+    n_episodes: int,
+    partial_episodes: Any,
+    budgets: list[int],
+    is_truncated: bool,
+    is_dict: bool,
+    batch_size: int | None,
+    buffer_size: int,
+) -> None:
+    """Several calls of ``learn``, the budget of each of which ends anywhere."""
+    envs = [RecordedEnv(env_lengths, index, is_truncated, is_dict) for index, env_lengths in enumerate(lengths)]
+    policy, policy_kwargs = arguments_of(algorithm, "MultiInputPolicy" if is_dict else "MlpPolicy", {"net_arch": []})
+    is_recurrent = algorithm is RecurrentEpisodicA2C
+    model = algorithm(
+        policy,
+        DummyVecEnv([lambda env=env: env for env in envs]),
+        # The critic that gave the values at the time limits is still there in the end
+        learning_rate=0.0,
+        n_episodes=n_episodes,
+        gamma=0.9,
+        standardize_returns=None,
+        # The value depends on what the LSTM has seen
+        handle_timeout_termination=not is_recurrent,
+        partial_episodes=partial_episodes,
+        batch_size=batch_size,
+        rollout_buffer_kwargs={"buffer_size": buffer_size},
+        policy_kwargs=policy_kwargs,
+        device="cpu",
+    )
+    updates: list[list[EpisodicRolloutBufferSamples]] = []
+    evaluate_actions = model._evaluate_actions
+
+    def record(samples: EpisodicRolloutBufferSamples) -> Any:
+        if len(updates) == model._n_updates:
+            updates.append([])
+        # They are views of the buffer
+        updates[-1].append(deepcopy(samples))
+        return evaluate_actions(samples)
+
+    model._evaluate_actions = record  # type: ignore[method-assign]
+    for number, budget in enumerate(budgets):
+        model.learn(budget, reset_num_timesteps=number == 0)
+
+    used: list[tuple[int, int, int]] = []
+    expected_updates = episodes_of_updates(lengths, n_episodes, partial_episodes, budgets)
+    for samples, episodes in zip(updates, expected_updates, strict=True):
+        transitions: list[tuple[int, int, int]] = []
+        returns: list[float] = []
+        episode_lengths = [lengths[index][episode % len(lengths[index])] for index, episode in episodes]
+        for (index, episode), length in zip(episodes, episode_lengths, strict=True):
+            transitions.extend((index, episode, t) for t in range(length))
+            tail = 0.0
+            if is_truncated and not is_recurrent:
+                observation, _ = model.policy.obs_to_tensor(envs[index].observation(episode, length))
+                tail = model.policy.predict_values(observation).item()
+            episode_returns: list[float] = []
+            for t in reversed(range(length)):
+                tail = float(np.sin(index + 10 * episode + t + 1)) + 0.9 * tail
+                episode_returns.insert(0, tail)
+            returns.extend(episode_returns)
+        used.extend(transitions)
+
+        if batch_size is None or is_recurrent:
+            assert [length for sample in samples for length in sample.episode_lengths] == episode_lengths
+        observations = [sample.observations for sample in samples]
+        where = [each["where"] if is_dict else each for each in observations]  # type: ignore[index,call-overload]
+        assert list(map(tuple, th.cat(where).tolist())) == transitions
+        if is_dict:
+            numbers = th.cat([each["numbers"] for each in observations]).tolist()  # type: ignore[index,call-overload]
+            assert list(map(tuple, numbers)) == [transition[1:] for transition in transitions]
+        actions = th.cat([sample.actions for sample in samples]).tolist()
+        assert actions == [envs[index].actions[episode, t] for index, episode, t in transitions]
+        np.testing.assert_allclose(th.cat([sample.returns for sample in samples]), returns, rtol=1e-4, atol=1e-5)
+        if algorithm is MaskableEpisodicA2C:
+            masks = th.cat([sample.policy_inputs["action_masks"] for sample in samples]).tolist()
+            assert masks == [envs[index].mask(episode, t) for index, episode, t in transitions]
+
+    made = {(env.index, *where) for env in envs for where in env.actions}
+    assert len(made) == model.num_timesteps
+    # None twice
+    assert len(set(used)) == len(used) and made.issuperset(used)
+    if partial_episodes == "carry":
+        # None lost: what is left belongs to the episodes in flight
+        assert made - set(used) == {(env.index, env.episode, t) for env in envs for t in range(env.t)}
 
 
 # ---------------------------------------------------------------------- returns

@@ -1,5 +1,6 @@
 """Whatever breaks, for real: a clear error, no hang, the parameters as after the last update, and a model that trains on."""
 
+import io
 import os
 import pickle
 import resource
@@ -230,8 +231,10 @@ def test_a_worker_is_killed(algorithm: type[EpisodicA2C], start_method: str, tmp
     assert_usable(model, last_update, tmp_path, VecNormalize(VecMonitor(DummyVecEnv([FragileEnv] * 2))))
 
 
-def test_an_environment_raises_in_a_worker(tmp_path: Path) -> None:
-    model = fragile_model(vec_env=forked, index=2, step=40)
+@for_all
+@pytest.mark.parametrize("place", ["step", "reset"])
+def test_an_environment_raises_in_a_worker(algorithm: type[EpisodicA2C], place: str, tmp_path: Path) -> None:
+    model = fragile_model(algorithm, vec_env=forked, index=2, **{place: 40 if place == "step" else 6})
     last_update = LastUpdate()
     with pytest.raises(RuntimeError, match=r"process of environment 2 ended with exit code 1 .*printed above"):
         model.learn(1_000, callback=last_update)
@@ -345,6 +348,41 @@ def test_ctrl_c(algorithm: type[EpisodicA2C], place: str, tmp_path: Path) -> Non
     assert_usable(model, last_update, tmp_path)
 
 
+class Terminated(Exception):
+    """What a script makes of SIGTERM."""
+
+
+@for_all
+@pytest.mark.parametrize("and_ctrl_c", [False, True])
+def test_sigterm_that_python_handles(algorithm: type[EpisodicA2C], and_ctrl_c: bool, tmp_path: Path) -> None:
+    """Job schedulers send it. It waits for the step of the optimizer as Ctrl-C does, even where both come at once."""
+
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    def interrupt(*_: Any) -> None:
+        if model._n_updates == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            if and_ctrl_c:
+                press_ctrl_c()
+
+    model, last_update = fragile_model(algorithm), LastUpdate()
+    hook = model.policy.optimizer.register_step_pre_hook(interrupt)
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with pytest.raises(KeyboardInterrupt if and_ctrl_c else Terminated):
+            model.learn(1_000, callback=last_update)
+        assert signal.getsignal(signal.SIGTERM) is terminate
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    hook.remove()
+    # The step is made as a whole, and counted
+    assert model._n_updates == 4
+    last_update.state = trained_state(model)
+    assert_usable(model, last_update, tmp_path)
+
+
 @for_all
 def test_ctrl_c_at_random_moments(algorithm: type[EpisodicA2C], tmp_path: Path) -> None:
     """A timer, so that it comes between any two instructions."""
@@ -367,6 +405,22 @@ def test_ctrl_c_at_random_moments(algorithm: type[EpisodicA2C], tmp_path: Path) 
             assert model._n_updates == last_update.state["n_updates"] + 1
     last_update.state = trained_state(model)
     assert_usable(model, last_update, tmp_path)
+
+
+@for_all
+def test_ctrl_c_while_saving(algorithm: type[EpisodicA2C]) -> None:
+    """Of one that comes while it writes, torch makes a RuntimeError of its own."""
+
+    class Interrupted(io.BytesIO):
+        def write(self, data: Any) -> int:
+            press_ctrl_c()
+            return super().write(data)
+
+    model, file = fragile_model(algorithm), Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        model.save(file)
+    loaded = algorithm.load(io.BytesIO(file.getvalue()), device="cpu")
+    assert_same(loaded.policy.state_dict(), model.policy.state_dict())
 
 
 def test_training_in_a_thread() -> None:
@@ -493,6 +547,42 @@ def test_no_action_is_taken_on_an_observation_that_is_not_finite(
     with pytest.raises(ValueError, match=r"^Environment 1 .* not finite at step 5 of its episode.*observation=\[.* nan"):
         model.learn(1_000, callback=last_update)
     assert model.get_env().get_attr("n_life_steps") == [40] * 3
+    assert_usable(model, last_update, tmp_path)
+
+
+@for_all
+def test_an_observation_of_a_reset_that_is_not_finite(algorithm: type[EpisodicA2C], tmp_path: Path) -> None:
+    class NanReset(FragileEnv):
+        def reset(self, **kwargs: Any) -> Any:
+            observation, info = super().reset(**kwargs)
+            return observation * (np.nan if self.counts["reset"] == 6 else 1.0), info
+
+    policy, policy_kwargs = arguments_of(algorithm, "MlpPolicy", {"net_arch": [8]})
+    env = DummyVecEnv([FragileEnv, NanReset, FragileEnv])
+    model, last_update = algorithm(policy, env, seed=0, device="cpu", policy_kwargs=policy_kwargs), LastUpdate()
+    with pytest.raises(ValueError, match=r"^Environment 1 .* not finite at step 0 of its episode"):
+        model.learn(1_000, callback=last_update)
+    assert_usable(model, last_update, tmp_path)
+
+
+@for_all
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_last_observation_that_is_not_finite(algorithm: type[EpisodicA2C], number: float, tmp_path: Path) -> None:
+    """Nobody acts on it, but after a time limit its value counts."""
+
+    class NotFiniteAtTheEnd(TargetEnv):
+        n_life_steps = 0
+
+        def step(self, action: Any) -> Any:
+            self.n_life_steps += 1
+            observation, *rest = super().step(action)
+            return observation * (number if self.n_life_steps == 20 else 1.0), *rest
+
+    policy, policy_kwargs = arguments_of(algorithm, "MlpPolicy", {"net_arch": [8]})
+    env = DummyVecEnv([lambda: TargetEnv(truncates=True), lambda: NotFiniteAtTheEnd(truncates=True)])
+    model, last_update = algorithm(policy, env, seed=0, device="cpu", policy_kwargs=policy_kwargs), LastUpdate()
+    with pytest.raises(ValueError, match=r"[eE]nvironment 1 .*step 4 of its 5.*value after the last step nan"):
+        model.learn(1_000, callback=last_update)
     assert_usable(model, last_update, tmp_path)
 
 

@@ -10,22 +10,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_episodic_a2c import EpisodicA2C, RecurrentEpisodicA2C, ResumableCheckpointCallback, resume
-from tests.test_checkpoints import assert_same, state_of
+from sb3_episodic_a2c import EpisodicA2C, ResumableCheckpointCallback, resume
+from tests.test_checkpoints import assert_same, make_model, state_of
 
 # Starts at once, as nothing is imported anew
 CONTEXT = multiprocessing.get_context("fork")
-N_ENVS = 2
+NOT_STARTED = -1
+
+SETTINGS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "plain": ("plain", 1, {}),
+    "several environments": ("plain", 3, {}),
+    "discard": ("plain", 3, {"partial_episodes": "discard"}),
+    "maskable": ("maskable", 2, {}),
+    "recurrent": ("recurrent", 2, {}),
+}
 
 
-def make_model(algorithm: type[EpisodicA2C]) -> EpisodicA2C:
-    is_recurrent = algorithm is RecurrentEpisodicA2C
-    policy_kwargs = {"lstm_hidden_size": 8, "net_arch": []} if is_recurrent else {}
-    env = make_vec_env("CartPole-v1", N_ENVS, seed=0)
-    policy = "MlpLstmPolicy" if is_recurrent else "MlpPolicy"
-    return algorithm(policy, env, seed=0, device="cpu", policy_kwargs=policy_kwargs)
+def start_afresh(setting: str) -> EpisodicA2C:
+    name, n_envs, arguments = SETTINGS[setting]
+    # Not a schedule: while it is killed again and again, the training has no end
+    return make_model(name, n_envs, **{"learning_rate": 3e-3, **arguments})
 
 
 def state_seeded(model: EpisodicA2C) -> dict[str, Any]:
@@ -34,17 +40,37 @@ def state_seeded(model: EpisodicA2C) -> dict[str, Any]:
     return {**state, "random": state["random"][:1]}
 
 
-def train(algorithm: type[EpisodicA2C], total_timesteps: int, folder: Path, started_at: Any) -> None:
-    """What the README says: one script for the first start and for all others."""
+class Report(BaseCallback):
+    """Says how far the training is, in memory that outlives the process. To be called before a checkpoint is written."""
+
+    def __init__(self, reached: Any) -> None:
+        super().__init__()
+        self.reached = reached
+
+    def _on_rollout_start(self) -> None:
+        self.reached.value = self.model._n_updates  # type: ignore[attr-defined]
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def train(setting: str, total_timesteps: int, folder: Path, started_at: Any, reached: Any) -> None:
+    """
+    What the README says: one script for the first start and for all others.
+
+    :param started_at: Told the env steps and the updates that it starts with
+    :param reached: Told the updates that it has made
+    """
     # No checkpoint is ever found damaged, as each is written as a whole
     warnings.simplefilter("error", UserWarning)
     warnings.filterwarnings("ignore", "No episode ended")
-    model = resume(folder, device="cpu") or make_model(algorithm)
-    started_at.value = model.num_timesteps
+    model = resume(folder, device="cpu") or start_afresh(setting)
+    started_at[1] = model._n_updates
+    started_at[0] = model.num_timesteps
     model.learn(
         total_timesteps - model.num_timesteps,
         reset_num_timesteps=False,
-        callback=ResumableCheckpointCallback(folder, save_freq=1, keep=3),
+        callback=[Report(reached), ResumableCheckpointCallback(folder, save_freq=1, keep=3)],
     )
 
 
@@ -53,58 +79,85 @@ def newest_steps(folder: Path) -> int:
     return int(names[-1].split("_")[2]) if names else 0
 
 
-@pytest.mark.parametrize(
-    "algorithm, n_kills, total_timesteps",
-    [
-        (EpisodicA2C, 5, 3_000),
-        pytest.param(EpisodicA2C, 50, 120_000, marks=pytest.mark.slow),
-        pytest.param(RecurrentEpisodicA2C, 50, 50_000, marks=pytest.mark.slow),
-    ],
-)
-def test_killed_and_resumed(algorithm: type[EpisodicA2C], n_kills: int, total_timesteps: int, tmp_path: Path) -> None:
-    # Before the others, which then need not import what a first training imports
-    uninterrupted = make_model(algorithm).learn(total_timesteps)
+def is_writing(folder: Path) -> bool:
+    return any(folder.glob(".*.tmp"))
+
+
+def freeze_while_writing(process: Any, folder: Path) -> None:
+    """
+    Stop a process in the midst of a write.
+
+    A write takes milliseconds: were the process killed as soon as one is seen, it might be over by then.
+    """
+    while True:
+        while not is_writing(folder):
+            assert process.is_alive(), "the training has failed"
+        os.kill(process.pid, signal.SIGSTOP)
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), "the training has failed"
+        if is_writing(folder):
+            return
+        os.kill(process.pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("n_kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_and_resumed(setting: str, n_kills: int, tmp_path: Path) -> None:
+    # Imports what a first training imports: none of the processes has to
+    start_afresh(setting).learn(100)
     rng = np.random.default_rng(0)
-    started_at = CONTEXT.Value("q", -1)
-    n_killed_while_writing = n_with_progress = 0
-    for kill in range(n_kills):
-        expected_start = newest_steps(tmp_path)
-        started_at.value = -1
-        process = CONTEXT.Process(target=train, args=(algorithm, total_timesteps, tmp_path, started_at))
+    started_at = CONTEXT.Array("q", 2, lock=False)
+    reached = CONTEXT.Value("q", 0, lock=False)
+    lost_updates: list[int] = []
+    n_killed_while_writing = 0
+
+    def start(total_timesteps: int) -> Any:
+        started_at[0] = NOT_STARTED
+        process = CONTEXT.Process(target=train, args=(setting, total_timesteps, tmp_path, started_at, reached))
         process.start()
-        while started_at.value < 0 and process.is_alive():
-            time.sleep(0.001)
-        assert started_at.value == expected_start or process.exitcode == 0
-        while kill % 2 == 1 and process.is_alive() and newest_steps(tmp_path) <= expected_start:
-            # However slow the machine is, there is something to lose
-            time.sleep(0.001)
-        time.sleep(float(rng.uniform(0.0, 0.2)))
+        return process
+
+    def check_start(newest: int, reached_before: int) -> None:
+        if started_at[0] == NOT_STARTED:
+            return
+        assert started_at[0] == newest
+        # A checkpoint is written after each update, so no more than that one can be lost
+        lost_updates.append(reached_before - started_at[1])
+        assert lost_updates[-1] in (0, 1)
+
+    for kill in range(n_kills):
+        before = newest_steps(tmp_path), reached.value
+        # Without an end, so that no machine is fast enough to reach it
+        process = start(10**9)
         if kill % 3 == 0:
-            # A write is short: moments chosen blindly hit few
-            while process.is_alive() and not any(tmp_path.glob(".*.tmp")):
-                pass
-        os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+            # However slow the machine is, there is something to lose
+            while newest_steps(tmp_path) <= before[0]:
+                assert process.is_alive(), "the training has failed"
+                time.sleep(0.001)
+        time.sleep(float(rng.uniform(0.0, 0.1)))
+        if kill % 3 == 1:
+            freeze_while_writing(process, tmp_path)
+        os.kill(process.pid, signal.SIGKILL)
         process.join()
-        if process.exitcode == 0:
-            # A fast machine, or many lucky kills
-            assert kill >= n_kills // 2, f"finished before kill {kill + 1}: the test needs a longer training"
-            break
-        assert process.exitcode == -signal.SIGKILL
+        assert process.exitcode == -signal.SIGKILL, "the training has failed"
+        check_start(*before)
+        n_killed_while_writing += is_writing(tmp_path)
         # A folder that changes while it is listed may show more
         assert len(list(tmp_path.glob("checkpoint_*.zip"))) <= 4, "the last 3, and one more until the oldest is deleted"
-        n_killed_while_writing += any(tmp_path.glob(".*.tmp"))
-        n_with_progress += newest_steps(tmp_path) > expected_start
-    # Else nothing was tested
-    assert n_with_progress > n_kills // 3
-    assert n_killed_while_writing > n_kills // 25
+    assert n_killed_while_writing >= n_kills // 3
 
-    process = CONTEXT.Process(target=train, args=(algorithm, total_timesteps, tmp_path, started_at))
-    process.start()
+    before = newest_steps(tmp_path), reached.value
+    total_timesteps = before[0] + 500
+    process = start(total_timesteps)
     process.join()
     assert process.exitcode == 0
-    assert not any(tmp_path.glob(".*.tmp"))
+    check_start(*before)
+    assert not is_writing(tmp_path)
     resumed = resume(tmp_path, device="cpu")
     assert resumed is not None
 
-    print(f"{n_kills} kills, {n_killed_while_writing} of them while a checkpoint was being written")
-    assert_same(state_seeded(resumed), state_seeded(uninterrupted))
+    print(
+        f"{n_kills} kills, {n_killed_while_writing} while a checkpoint was being written: {resumed._n_updates} updates made, "
+        f"{sum(lost_updates)} of them twice"
+    )
+    assert_same(state_seeded(resumed), state_seeded(start_afresh(setting).learn(total_timesteps)))
