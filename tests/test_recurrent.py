@@ -90,6 +90,41 @@ def test_training_sees_it_while_learning_too():
     assert check.n_compared > 200
 
 
+class FreshLogProbCheck(LogProbCheck):
+    """Of the steps made since the last update only: the parameters that training recomputes them with are the same."""
+
+    def _on_training_start(self) -> None:
+        self.n_compared_with_stale_head = 0
+
+    def _on_rollout_start(self) -> None:
+        self.sampled.clear()
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.model.rollout_buffer
+        observations, log_probs = self._id(buffer.observations)[:, 0], buffer.log_probs[:, 0]
+        expected = np.array([self.sampled.get(observation.tobytes(), np.nan) for observation in observations])
+        is_fresh = ~np.isnan(expected)
+        np.testing.assert_allclose(log_probs[is_fresh], expected[is_fresh], atol=1e-5, rtol=1e-5)
+        for episode in np.split(is_fresh, np.cumsum(buffer.episode_lengths)[:-1]):
+            self.n_compared_with_stale_head += 0 if episode[0] else episode.sum()
+
+
+@pytest.mark.parametrize("critic", list(CRITICS))
+@pytest.mark.parametrize("is_dict", [False, True])
+@pytest.mark.parametrize("batch_size", [None, 10])
+def test_an_episode_goes_on_with_the_memory_of_the_new_parameters(batch_size, is_dict, critic):
+    env = make_random_envs(ACTION_SPACES["discrete"], n_envs=4, is_dict=is_dict)
+    model = make_model(env, critic, learning_rate=0.01, batch_size=batch_size)
+    check = FreshLogProbCheck()
+    model.learn(500, callback=check)
+    # The budget ends in the midst of episodes. Parameters may change between two calls, too
+    assert model.rollout_buffer.running_steps.any()
+    randomize(model.policy, seed=1)
+    model.learn(500, callback=check, reset_num_timesteps=False)
+    assert model._n_updates > 20
+    assert check.n_compared_with_stale_head > 100
+
+
 @pytest.mark.parametrize("use_expln", [False, True])
 def test_training_sees_it_with_state_dependent_exploration(use_expln):
     env = make_random_envs(ACTION_SPACES["box"], n_envs=3)
@@ -137,9 +172,17 @@ class SwappedStates(RecurrentEpisodicA2C):
 class ForgetfulBetweenRollouts(RecurrentEpisodicA2C):
     """Planted fault: episodes that are carried over lose their memory."""
 
+    def _recall(self, running):
+        pass
+
+
+class MemoryOfOldParameters(RecurrentEpisodicA2C):
+    """Planted fault: episodes that are carried over keep the memory that the parameters before the update made."""
+
     def _start_rollout(self, env):
-        self._lstm_states = None
+        states = self._lstm_states
         super()._start_rollout(env)
+        self._lstm_states = states or self._lstm_states
 
 
 @pytest.mark.parametrize("fault", [NeverZeroed, AlwaysZeroed, SwappedStates, ForgetfulBetweenRollouts])
@@ -147,6 +190,13 @@ def test_a_wrong_state_would_be_seen(fault):
     model = make_model(make_random_envs(ACTION_SPACES["discrete"], n_envs=3), cls=fault, learning_rate=0.0)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         model.learn(600, callback=LogProbCheck())
+
+
+@pytest.mark.parametrize("fault", [MemoryOfOldParameters, ForgetfulBetweenRollouts])
+def test_the_memory_of_old_parameters_would_be_seen(fault):
+    model = make_model(make_random_envs(ACTION_SPACES["discrete"], n_envs=4), cls=fault, learning_rate=0.01)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        model.learn(500, callback=FreshLogProbCheck())
 
 
 @pytest.mark.parametrize("critic", list(CRITICS))
@@ -271,12 +321,12 @@ class TerminalValueCheck(BaseCallback):
 
 
 @pytest.mark.parametrize("critic", list(CRITICS))
-@pytest.mark.parametrize("is_dict", [False, True])
-def test_the_value_after_a_time_limit_remembers_the_episode(is_dict, critic):
+@pytest.mark.parametrize(("is_dict", "learning_rate"), [(False, 0.0), (True, 0.0), (True, 0.01)])
+def test_the_value_after_a_time_limit_remembers_the_episode(is_dict, learning_rate, critic):
     model = make_model(
         make_random_envs(ACTION_SPACES["discrete"], n_envs=3, is_dict=is_dict),
         critic,
-        learning_rate=0.0,
+        learning_rate=learning_rate,
         standardize_returns=None,
     )
     check = TerminalValueCheck()
