@@ -1,7 +1,7 @@
 """The rollout buffer: rows of vec-steps, cut into complete episodes."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -352,9 +352,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self.returns = returns.astype(np.float32).reshape(-1, 1)
         self.pos = len(returns)
         self.full = True
-        self._indices = self._flat_indices(
-            [(episode.env_index, episode.first_row, episode.end_row) for episode in self.episodes]
-        )
+        self._indices = self._flat_indices(episode[:3] for episode in self.episodes)
         self._evaluations = None
         self._evaluate = evaluate
 
@@ -368,11 +366,11 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self._evaluations = values, log_probs
         self._evaluate = None
 
-    def _flat_indices(self, segments: list[tuple[int, int, int]]) -> np.ndarray:
+    def _flat_indices(self, segments: Iterable[tuple[int, int, int]]) -> np.ndarray:
         """
         Where transitions lie in the arrays flattened over (row, environment).
 
-        :param segments: ``(env_index, first_row, end_row)`` each
+        :param segments: Environment, first row (included) and end row (excluded) of each episode
         :return: ``(n_transitions,)``, one segment behind the other
         """
         return np.concatenate(
@@ -419,13 +417,12 @@ class EpisodicRolloutBuffer(BaseBuffer):
         :param batch_size: The most transitions of several episodes together; None for all of them at once
         :return: Whole heads of episodes on the training device. They may share memory with the buffer: read only
         """
-        lengths = np.where(self._is_wanted, self.running_steps, 0)
-        env_indices = np.flatnonzero(lengths)
+        env_indices = np.flatnonzero(self._is_wanted & (self.running_steps > 0))
         if not len(env_indices):
             return
-        indices = self._flat_indices([(env_index, self._first_rows[env_index], self._row) for env_index in env_indices])
+        indices = self._flat_indices((int(index), int(self._first_rows[index]), self._row) for index in env_indices)
         first = 0
-        for batch, episode_lengths in _cut(lengths[env_indices], batch_size, whole_episodes=True):
+        for batch, episode_lengths in _cut(self.running_steps[env_indices], batch_size, whole_episodes=True):
             last = first + len(episode_lengths)
             yield RunningEpisodes(env_indices[first:last], self._observation_tensors(indices[batch]), episode_lengths)
             first = last

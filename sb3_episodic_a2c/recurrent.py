@@ -13,10 +13,16 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_episodic_a2c.actors import check_finite
+from sb3_episodic_a2c.actors import check_finite, overridden_methods
 from sb3_episodic_a2c.buffers import RunningEpisodes
 from sb3_episodic_a2c.episodic_a2c import EpisodicA2C
 from sb3_episodic_a2c.type_aliases import EpisodicRolloutBufferSamples
+
+BYPASSED_METHODS = ("forward", "get_distribution", "predict_values", "evaluate_actions", "_process_sequence")
+"""Of a policy, those that step through padded sequences: whole episodes are run past them, layer by layer."""
+
+UNSUPPORTED_LSTM_KWARGS = ("batch_first", "bidirectional", "proj_size")
+"""Arguments of ``nn.LSTM`` that change the shapes of its inputs, outputs or states, which sb3-contrib's policies build on."""
 
 
 class _IntegerFeatures(ActorCriticPolicy):
@@ -52,7 +58,8 @@ class RecurrentEpisodicA2C(EpisodicA2C):
     Where it differs from RecurrentPPO: backpropagation through time is not cut at ``n_steps``.
 
     The arguments are those of :class:`EpisodicA2C`, with the policies ``"MlpLstmPolicy"``, ``"CnnLstmPolicy"``,
-    ``"MultiInputLstmPolicy"``, or a subclass of sb3-contrib's ``RecurrentActorCriticPolicy``.
+    ``"MultiInputLstmPolicy"``, or a subclass of sb3-contrib's ``RecurrentActorCriticPolicy``. It may have other layers, but
+    no other way through them: one that overrides ``forward``, say, or ``evaluate_actions`` is refused.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -61,6 +68,7 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         "MultiInputLstmPolicy": MultiInputLstmPolicy,
     }
     policy: RecurrentActorCriticPolicy
+    _policy_base_class: ClassVar[type[BasePolicy]] = RecurrentActorCriticPolicy
     _trains_on_whole_episodes: ClassVar[bool] = True
 
     def _setup_model(self) -> None:
@@ -69,6 +77,14 @@ class RecurrentEpisodicA2C(EpisodicA2C):
                 f"`policy` {self.policy_class.__name__} has no LSTM: use one of {sorted(self.policy_aliases)}, or a "
                 "subclass of sb3_contrib.common.recurrent.policies.RecurrentActorCriticPolicy."
             )
+        _refuse_overridden(self.policy_class)
+        lstm_kwargs = self.policy_kwargs.get("lstm_kwargs") or {}
+        for name in UNSUPPORTED_LSTM_KWARGS:
+            if lstm_kwargs.get(name):
+                raise ValueError(
+                    f"`lstm_kwargs` of `policy_kwargs` has {name}={lstm_kwargs[name]!r}, for which the policy is not made: "
+                    f"leave {name} out."
+                )
         super()._setup_model()
         self._lstm_states: RNNStates | None = None
         """Of the running episodes, after their last step; ``(n_layers, n_envs, hidden_size)`` each."""
@@ -78,6 +94,8 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         return [*super()._excluded_save_params(), "_lstm_states"]
 
     def _start_rollout(self, env: VecEnv) -> None:
+        # The policy may be another one by now
+        _refuse_overridden(self.policy)
         lstm = self.policy.lstm_actor
         with th.inference_mode():
             # One tensor would do for all of them, were they not zeroed in place
@@ -173,6 +191,23 @@ class RecurrentEpisodicA2C(EpisodicA2C):
 
         # 3. And back
         return values[to_episodes], log_prob[to_episodes], None if entropy is None else entropy[to_episodes]
+
+
+def _refuse_overridden(policy: RecurrentActorCriticPolicy | type[BasePolicy]) -> None:
+    """
+    Refuse methods that would silently not be called.
+
+    :param policy: A policy, or its class
+    :raises ValueError: It names them and the remedy
+    """
+    overridden = overridden_methods(policy, RecurrentActorCriticPolicy, BYPASSED_METHODS)
+    if overridden:
+        name = (policy if isinstance(policy, type) else type(policy)).__name__
+        raise ValueError(
+            f"`policy` {name} overrides {', '.join(overridden)}, which would not be called: whole episodes are run through "
+            "`extract_features`, `lstm_actor`, `lstm_critic`, `critic`, `mlp_extractor`, `_get_action_dist_from_latent` and "
+            "`value_net`. Change one of these instead."
+        )
 
 
 def _take(observations: th.Tensor | dict[str, th.Tensor], indices: th.Tensor) -> th.Tensor | dict[str, th.Tensor]:

@@ -11,6 +11,7 @@ import torch as th
 from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from sb3_contrib.ppo_recurrent import MlpLstmPolicy
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -110,9 +111,8 @@ class FreshLogProbCheck(LogProbCheck):
 
 
 @pytest.mark.parametrize("critic", list(CRITICS))
-@pytest.mark.parametrize("is_dict", [False, True])
-@pytest.mark.parametrize("batch_size", [None, 10])
-def test_an_episode_goes_on_with_the_memory_of_the_new_parameters(batch_size, is_dict, critic):
+@pytest.mark.parametrize(("is_dict", "batch_size"), [(False, None), (True, 10)])
+def test_an_episode_goes_on_with_the_memory_of_the_new_parameters(is_dict, batch_size, critic):
     env = make_random_envs(ACTION_SPACES["discrete"], n_envs=4, is_dict=is_dict)
     model = make_model(env, critic, learning_rate=0.01, batch_size=batch_size)
     check = FreshLogProbCheck()
@@ -366,6 +366,58 @@ def test_refuses_a_policy_without_memory():
         RecurrentEpisodicA2C("MlpPolicy", "CartPole-v1")
 
 
+class ForwardOfItsOwn(MlpLstmPolicy):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class SequencesOfItsOwn(MlpLstmPolicy):
+    @staticmethod
+    def _process_sequence(features, lstm_states, episode_starts, lstm):
+        return MlpLstmPolicy._process_sequence(features, lstm_states, episode_starts, lstm)
+
+    def evaluate_actions(self, *args, **kwargs):
+        return super().evaluate_actions(*args, **kwargs)
+
+
+class LayersOfItsOwn(MlpLstmPolicy):
+    """Its methods are all called."""
+
+    n_calls = 0
+
+    def extract_features(self, *args, **kwargs):
+        self.n_calls += 1
+        return super().extract_features(*args, **kwargs)
+
+    def _get_action_dist_from_latent(self, latent_pi):
+        self.n_calls += 1
+        return super()._get_action_dist_from_latent(latent_pi)
+
+
+def test_refuses_methods_that_would_not_be_called():
+    with pytest.raises(ValueError, match="ForwardOfItsOwn overrides forward, which would not be called"):
+        RecurrentEpisodicA2C(ForwardOfItsOwn, "CartPole-v1")
+    with pytest.raises(ValueError, match="SequencesOfItsOwn overrides evaluate_actions, _process_sequence, which"):
+        RecurrentEpisodicA2C(SequencesOfItsOwn, "CartPole-v1")
+
+    model = RecurrentEpisodicA2C(LayersOfItsOwn, "CartPole-v1", policy_kwargs=dict(lstm_hidden_size=8))
+    model.learn(20)
+    assert model.policy.n_calls >= 40
+    # Replaced on the object
+    model.policy.get_distribution = model.policy.get_distribution
+    with pytest.raises(ValueError, match="LayersOfItsOwn overrides get_distribution"):
+        model.learn(20)
+
+
+@pytest.mark.parametrize("lstm_kwargs", [{"batch_first": True}, {"bidirectional": True}, {"proj_size": 4}])
+def test_refuses_an_lstm_of_other_shapes(lstm_kwargs):
+    (name,) = lstm_kwargs
+    with pytest.raises(ValueError, match=f"`lstm_kwargs` of `policy_kwargs` has {name}={lstm_kwargs[name]}"):
+        RecurrentEpisodicA2C("MlpLstmPolicy", "CartPole-v1", policy_kwargs=dict(lstm_kwargs=lstm_kwargs))
+    # As they are anyway
+    RecurrentEpisodicA2C("MlpLstmPolicy", "CartPole-v1", policy_kwargs=dict(lstm_kwargs={"batch_first": False}))
+
+
 def test_save_load_continue(tmp_path: Path):
     model = make_model(make_random_envs(ACTION_SPACES["discrete"], n_envs=2))
     model.learn(200)
@@ -426,7 +478,7 @@ def test_evaluation_on_normalised_observations(tmp_path: Path):
 
 def test_cnn_policy():
     env = gym.wrappers.TransformObservation(
-        gym.make("CartPole-v1"),
+        gym.make("CartPole-v1", max_episode_steps=20),
         lambda observation: np.full((36, 36, 1), 100 * abs(observation[2]), np.uint8),
         spaces.Box(0, 255, (36, 36, 1), np.uint8),
     )
