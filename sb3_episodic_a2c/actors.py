@@ -7,7 +7,7 @@ sample from one distribution.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -328,18 +328,28 @@ def reason_against_numpy(policy: ActorCriticPolicy) -> str | None:
     :param policy: The policy to sample from
     :return: Why :class:`NumpyActor` would not do what the policy does; None if it would
     """
-    policy_class = type(policy)
     methods = ("forward", "get_distribution", "_get_action_dist_from_latent")
     for base in (ActorCriticPolicy, MaskableActorCriticPolicy):
         # Somebody who overrides one of these has another distribution in mind
-        if isinstance(policy, base) and all(getattr(policy_class, name) is getattr(base, name) for name in methods):
+        if isinstance(policy, base) and not overridden_methods(type(policy), base, methods):
             break
     else:
-        return f"{policy_class.__name__} computes its distribution in a way of its own"
+        return f"{type(policy).__name__} computes its distribution in a way of its own"
     space = policy.observation_space
     if not isinstance(space, (spaces.Box, spaces.MultiBinary)) or is_image_space(space):
         return f"the observations are not flat numbers but {space}"
     return _reason_against_layers(policy)
+
+
+def overridden_methods(policy: nn.Module | type[nn.Module], base: type[nn.Module], names: Iterable[str]) -> list[str]:
+    """
+    :param policy: A policy, on which methods may have been replaced, or a class of policies
+    :param base: The class, or the parent class, whose methods are asked about
+    :param names: Names of methods
+    :return: Those of them that are not those of ``base``
+    """
+    policy_class, own = (policy, {}) if isinstance(policy, type) else (type(policy), vars(policy))
+    return [name for name in names if name in own or getattr(policy_class, name) is not getattr(base, name)]
 
 
 def _reason_against_layers(policy: ActorCriticPolicy) -> str | None:

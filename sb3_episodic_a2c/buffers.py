@@ -1,7 +1,7 @@
 """The rollout buffer: rows of vec-steps, cut into complete episodes."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,17 @@ class EpisodeSegment(NamedTuple):
     end_row: int
     terminal_value: float
     """Value of the state after the last step, in reward units: 0 unless a time limit cut the episode."""
+
+
+class RunningEpisodes(NamedTuple):
+    """Heads of episodes that still run."""
+
+    env_indices: np.ndarray
+    """``(n_episodes,)`` their columns."""
+    observations: th.Tensor | dict[str, th.Tensor]
+    """``(n_transitions, *obs_shape)``, one episode behind the other, or a dict of such tensors."""
+    episode_lengths: np.ndarray
+    """``(n_episodes,)`` their steps so far, >= 1."""
 
 
 class EpisodicRolloutBuffer(BaseBuffer):
@@ -341,11 +352,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self.returns = returns.astype(np.float32).reshape(-1, 1)
         self.pos = len(returns)
         self.full = True
-        # A row of a column is one entry of the arrays flattened over (row, environment)
-        self._indices = np.concatenate(
-            [np.arange(episode.first_row, episode.end_row) * self.n_envs + episode.env_index for episode in self.episodes]
-            or [np.zeros(0, dtype=np.int64)]
-        )
+        self._indices = self._flat_indices(episode[:3] for episode in self.episodes)
         self._evaluations = None
         self._evaluate = evaluate
 
@@ -358,6 +365,18 @@ class EpisodicRolloutBuffer(BaseBuffer):
         """
         self._evaluations = values, log_probs
         self._evaluate = None
+
+    def _flat_indices(self, segments: Iterable[tuple[int, int, int]]) -> np.ndarray:
+        """
+        Where transitions lie in the arrays flattened over (row, environment).
+
+        :param segments: Environment, first row (included) and end row (excluded) of each episode
+        :return: ``(n_transitions,)``, one segment behind the other
+        """
+        return np.concatenate(
+            [np.arange(first_row, end_row) * self.n_envs + env_index for env_index, first_row, end_row in segments]
+            or [np.zeros(0, dtype=np.int64)]
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # The model behind it must not be pickled along, nor the room for rows to come
@@ -384,51 +403,63 @@ class EpisodicRolloutBuffer(BaseBuffer):
         :param whole_episodes: Whether to cut between episodes only. One longer than ``batch_size`` is then a sample of its own
         :return: Samples on the training device. They may share memory with the buffer: read only
         """
-        episode_ends = np.cumsum(self.episode_lengths)
-        start = 0
-        while start < self.pos:
-            end = min(start + batch_size, self.pos) if batch_size else self.pos
-            if whole_episodes:
-                # The last episode that fits, or the first one if none does
-                n_fitting = np.searchsorted(episode_ends, end, side="right")
-                end = int(episode_ends[max(n_fitting - 1, np.searchsorted(episode_ends, start, side="right"))])
-            cuts = episode_ends[(episode_ends > start) & (episode_ends < end)]
-            yield self._get_samples(slice(start, end), np.diff([start, *cuts, end]))
-            start = end
+        if self.pos == 0:
+            return
+        for batch, episode_lengths in _cut(self.episode_lengths, batch_size, whole_episodes):
+            yield self._get_samples(batch, episode_lengths)
+
+    def get_running(self, batch_size: int | None = None) -> Iterator[RunningEpisodes]:
+        """
+        What the running episodes have seen so far, for policies with a memory: each step exactly once, in order.
+
+        Episodes without a step yet are left out, and so are those that will not be used.
+
+        :param batch_size: The most transitions of several episodes together; None for all of them at once
+        :return: Whole heads of episodes on the training device. They may share memory with the buffer: read only
+        """
+        env_indices = np.flatnonzero(self._is_wanted & (self.running_steps > 0))
+        if not len(env_indices):
+            return
+        indices = self._flat_indices((int(index), int(self._first_rows[index]), self._row) for index in env_indices)
+        first = 0
+        for batch, episode_lengths in _cut(self.running_steps[env_indices], batch_size, whole_episodes=True):
+            last = first + len(episode_lengths)
+            yield RunningEpisodes(env_indices[first:last], self._observation_tensors(indices[batch]), episode_lengths)
+            first = last
+
+    def _observation_tensors(self, indices: np.ndarray) -> th.Tensor | dict[str, th.Tensor]:
+        if self._is_dict:
+            return {key: self._tensor(f"observations/{key}", indices) for key in self._keys("observations")}
+        return self._tensor("observations", indices)
+
+    def _tensor(self, name: str, indices: np.ndarray) -> th.Tensor:
+        return th.as_tensor(self._gather(name, indices), device=self.device)
 
     def _get_samples(  # type: ignore[override]  # SB3's takes the indices of single transitions
         self, batch: slice, episode_lengths: np.ndarray
     ) -> EpisodicRolloutBufferSamples:
-        def tensor(name: str) -> th.Tensor:
-            return th.as_tensor(self._gather(name, batch), device=self.device)
-
-        observations: th.Tensor | dict[str, th.Tensor]
-        if self._is_dict:
-            observations = {key: tensor(f"observations/{key}") for key in self._keys("observations")}
-        else:
-            observations = tensor("observations")
-        actions = tensor("actions")
+        indices = self._indices[batch]
+        actions = self._tensor("actions", indices)
         if isinstance(self.action_space, spaces.Discrete):
             actions = actions.long().flatten()
         elif isinstance(self.action_space, spaces.MultiBinary):
             # The Bernoulli distribution wants floats
             actions = actions.float()
         return EpisodicRolloutBufferSamples(
-            observations=observations,
+            observations=self._observation_tensors(indices),
             actions=actions,
             returns=th.as_tensor(self.returns[batch, 0], device=self.device),
             episode_lengths=tuple(episode_lengths.tolist()),
-            policy_inputs={name: tensor(f"policy_inputs/{name}") for name in self._keys("policy_inputs")},
+            policy_inputs={name: self._tensor(f"policy_inputs/{name}", indices) for name in self._keys("policy_inputs")},
         )
 
     def _keys(self, prefix: str) -> list[str]:
         return [name.removeprefix(f"{prefix}/") for name in self._rows if name.startswith(f"{prefix}/")]
 
-    def _gather(self, name: str, batch: slice = slice(None)) -> np.ndarray:
-        """Transitions on offer of one array, ``(n, ...)``: a view where they lie together, else a copy."""
+    def _gather(self, name: str, indices: np.ndarray) -> np.ndarray:
+        """Transitions of one array, ``(n, ...)``: a view where they lie together, else a copy."""
         array = self._rows[name]
         flat = array.reshape(-1, *array.shape[2:])
-        indices = self._indices[batch]
         if len(indices) and self.n_envs == 1 and indices[-1] - indices[0] == len(indices) - 1:
             return flat[indices[0] : indices[-1] + 1]
         return flat.take(indices, axis=0)
@@ -441,7 +472,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
             raise ValueError(
                 f"The rollout buffer holds no {name!r} yet: read it in `on_rollout_end`, or after a step was made."
             )
-        return np.array(self._gather(name))[:, None]
+        return np.array(self._gather(name, self._indices))[:, None]
 
     @property
     def observations(self) -> np.ndarray | dict[str, np.ndarray]:
@@ -488,3 +519,26 @@ class EpisodicRolloutBuffer(BaseBuffer):
     def advantages(self) -> np.ndarray:
         """``(pos, 1)``: ``returns - values``."""
         return self.returns - self.values
+
+
+def _cut(episode_lengths: np.ndarray, batch_size: int | None, whole_episodes: bool) -> Iterator[tuple[slice, np.ndarray]]:
+    """
+    Cut episodes that lie one behind the other into batches.
+
+    :param episode_lengths: ``(n_episodes,)`` lengths >= 1
+    :param batch_size: The most transitions in a batch; None for all of them
+    :param whole_episodes: Whether to cut between episodes only. One longer than ``batch_size`` is then a batch of its own
+    :return: The transitions of each batch, and the lengths of the episodes, or pieces of them, that it consists of
+    """
+    episode_ends = np.cumsum(episode_lengths)
+    n_transitions = int(episode_ends[-1])
+    start = 0
+    while start < n_transitions:
+        end = min(start + batch_size, n_transitions) if batch_size else n_transitions
+        if whole_episodes:
+            # The last episode that fits, or the first one if none does
+            n_fitting = np.searchsorted(episode_ends, end, side="right")
+            end = int(episode_ends[max(n_fitting - 1, np.searchsorted(episode_ends, start, side="right"))])
+        cuts = episode_ends[(episode_ends > start) & (episode_ends < end)]
+        yield slice(start, end), np.diff([start, *cuts, end])
+        start = end

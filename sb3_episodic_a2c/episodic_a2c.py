@@ -135,6 +135,8 @@ class EpisodicA2C(OnPolicyAlgorithm):
         spaces.MultiBinary,
     )
     rollout_buffer: EpisodicRolloutBuffer  # type: ignore[assignment]  # not SB3's fixed-length one
+    _policy_base_class: ClassVar[type[BasePolicy]] = ActorCriticPolicy
+    """What a policy must be derived from."""
     _trains_on_whole_episodes: ClassVar[bool] = False
     """Whether ``batch_size`` cuts between episodes only, which a policy with a memory needs."""
 
@@ -215,14 +217,20 @@ class EpisodicA2C(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         # `load` has put saved and given values into the attributes without asking the constructor
         check_arguments(vars(self))
-        is_recurrent = issubclass(self.policy_class, RecurrentActorCriticPolicy)
-        if not issubclass(self.policy_class, (ActorCriticPolicy, MaskableActorCriticPolicy)) or (
-            is_recurrent and not self._trains_on_whole_episodes
-        ):
+        # Those that are given more than the observation would be trained without it
+        needed = [
+            f" ({kind} policies are for {variant})"
+            for base, kind, variant in (
+                (RecurrentActorCriticPolicy, "LSTM", "RecurrentEpisodicA2C"),
+                (MaskableActorCriticPolicy, "maskable", "MaskableEpisodicA2C"),
+            )
+            if issubclass(self.policy_class, base) and not issubclass(self._policy_base_class, base)
+        ]
+        if needed or not issubclass(self.policy_class, self._policy_base_class):
             raise ValueError(
                 f"`policy` {self.policy_class.__name__} does not fit {self.__class__.__name__}: use one of "
                 f"{sorted(self.policy_aliases)}, or a subclass of stable_baselines3.common.policies.ActorCriticPolicy"
-                + (" (LSTM policies are for RecurrentEpisodicA2C)." if is_recurrent else ".")
+                f"{''.join(needed)}."
             )
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)

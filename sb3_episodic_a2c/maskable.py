@@ -1,11 +1,12 @@
 """Episodic A2C that never chooses an invalid action."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium import spaces
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
-from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, is_masking_supported
 from sb3_contrib.ppo_mask.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv
@@ -47,6 +48,7 @@ class MaskableEpisodicA2C(EpisodicA2C):
         spaces.MultiDiscrete,
         spaces.MultiBinary,
     )
+    _policy_base_class: ClassVar[type[BasePolicy]] = MaskableActorCriticPolicy
     policy: MaskableActorCriticPolicy  # type: ignore[assignment]  # not a subclass of SB3's
 
     def __init__(
@@ -87,9 +89,7 @@ class MaskableEpisodicA2C(EpisodicA2C):
     def _policy_inputs(self, env: VecEnv) -> dict[str, np.ndarray]:
         if not self.use_masking:
             return {}
-        action_masks = np.asarray(get_action_masks(env), dtype=bool).reshape(env.num_envs, -1)
-        _check_masks(action_masks, self._n_choices)
-        return {"action_masks": action_masks}
+        return {"action_masks": _stack_masks(env.env_method(EXPECTED_METHOD_NAME), self._n_choices)}
 
     def predict(
         self,
@@ -122,20 +122,31 @@ def _count_choices(action_space: spaces.Space) -> np.ndarray:
     return np.full(action_space.shape, 2)
 
 
-def _check_masks(action_masks: np.ndarray, n_choices: np.ndarray) -> None:
+def _stack_masks(masks: Sequence[Any], n_choices: np.ndarray) -> np.ndarray:
     """
-    Refuse masks that do not fit the action space, or that allow nothing.
+    One array of the masks of all environments. Those that do not fit the action space, or that allow nothing, are refused.
 
-    :param action_masks: ``(n_envs, n)`` booleans
+    :param masks: What each environment returned
     :param n_choices: ``(n_dimensions,)`` actions to choose from in each dimension of the action space
+    :return: ``(n_envs, n_choices.sum())`` booleans
     :raises ValueError: It names the environment and the remedy
     """
-    n_expected = int(n_choices.sum())
-    if action_masks.shape[1] != n_expected:
-        raise ValueError(
-            f"`action_masks()` of `env` returned {action_masks.shape[1]} entries, but its action space has {n_expected} "
-            f"(choices in each dimension: {n_choices.tolist()}): return one boolean for each of them."
-        )
+    action_masks = np.empty((len(masks), int(n_choices.sum())), dtype=bool)
+    for env_index, mask in enumerate(masks):
+        try:
+            array = np.asarray(mask)
+        except ValueError:
+            # Lists of different lengths
+            array = np.empty(0, dtype=object)
+        is_number = array.dtype.kind in "biuf"
+        if not is_number or array.size != action_masks.shape[1]:
+            returned = f"{array.size} entries" if is_number else repr(mask)
+            raise ValueError(
+                f"`action_masks()` of environment {env_index} returned {returned}, but its action space has "
+                f"{action_masks.shape[1]} (choices in each dimension: {n_choices.tolist()}): return one array with one "
+                "boolean for each of them."
+            )
+        action_masks[env_index] = array.ravel()
     has_choice = np.logical_or.reduceat(action_masks, np.cumsum(n_choices) - n_choices, axis=1)
     if not has_choice.all():
         # Equal logits would be left, so that an invalid action would be chosen at random
@@ -144,3 +155,4 @@ def _check_masks(action_masks: np.ndarray, n_choices: np.ndarray) -> None:
             f"`action_masks()` of environment {env_index} allows no action in dimension {dimension}: end the episode in "
             "such a state, or let an action that does nothing be valid there."
         )
+    return action_masks

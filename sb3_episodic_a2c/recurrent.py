@@ -13,9 +13,16 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_episodic_a2c.actors import check_finite
+from sb3_episodic_a2c.actors import check_finite, overridden_methods
+from sb3_episodic_a2c.buffers import RunningEpisodes
 from sb3_episodic_a2c.episodic_a2c import EpisodicA2C
 from sb3_episodic_a2c.type_aliases import EpisodicRolloutBufferSamples
+
+BYPASSED_METHODS = ("forward", "get_distribution", "predict_values", "evaluate_actions", "_process_sequence")
+"""Of a policy, those that step through padded sequences: whole episodes are run past them, layer by layer."""
+
+UNSUPPORTED_LSTM_KWARGS = ("batch_first", "bidirectional", "proj_size")
+"""Arguments of ``nn.LSTM`` that change the shapes of its inputs, outputs or states, which sb3-contrib's policies build on."""
 
 
 class _IntegerFeatures(ActorCriticPolicy):
@@ -41,8 +48,9 @@ class RecurrentEpisodicA2C(EpisodicA2C):
 
     An update takes whole episodes, and an episode starts with an empty memory. So the LSTM runs over each from a zero
     state and gradients reach back to its first step: no hidden states are stored. Episodes of unequal length are run
-    side by side without padding. (While collecting with ``"carry"``, an episode that runs on across an update goes on
-    from the state that the LSTM had before it.)
+    side by side without padding. With ``"carry"``, an episode that runs on across an update goes on from the state that the
+    new parameters have after what it has seen so far, as training will see it: its head is run through the LSTM once more at
+    every update that it outlasts.
 
     Where it differs from :class:`EpisodicA2C`: sb3-contrib's recurrent policies, whose ``lstm_hidden_size``,
     ``n_lstm_layers``, ``enable_critic_lstm``, ``shared_lstm`` and ``lstm_kwargs`` belong in ``policy_kwargs``; ``predict``
@@ -50,7 +58,8 @@ class RecurrentEpisodicA2C(EpisodicA2C):
     Where it differs from RecurrentPPO: backpropagation through time is not cut at ``n_steps``.
 
     The arguments are those of :class:`EpisodicA2C`, with the policies ``"MlpLstmPolicy"``, ``"CnnLstmPolicy"``,
-    ``"MultiInputLstmPolicy"``, or a subclass of sb3-contrib's ``RecurrentActorCriticPolicy``.
+    ``"MultiInputLstmPolicy"``, or a subclass of sb3-contrib's ``RecurrentActorCriticPolicy``. It may have other layers, but
+    no other way through them: one that overrides ``forward``, say, or ``evaluate_actions`` is refused.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -59,6 +68,7 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         "MultiInputLstmPolicy": MultiInputLstmPolicy,
     }
     policy: RecurrentActorCriticPolicy
+    _policy_base_class: ClassVar[type[BasePolicy]] = RecurrentActorCriticPolicy
     _trains_on_whole_episodes: ClassVar[bool] = True
 
     def _setup_model(self) -> None:
@@ -67,6 +77,14 @@ class RecurrentEpisodicA2C(EpisodicA2C):
                 f"`policy` {self.policy_class.__name__} has no LSTM: use one of {sorted(self.policy_aliases)}, or a "
                 "subclass of sb3_contrib.common.recurrent.policies.RecurrentActorCriticPolicy."
             )
+        _refuse_overridden(self.policy_class)
+        lstm_kwargs = self.policy_kwargs.get("lstm_kwargs") or {}
+        for name in UNSUPPORTED_LSTM_KWARGS:
+            if lstm_kwargs.get(name):
+                raise ValueError(
+                    f"`lstm_kwargs` of `policy_kwargs` has {name}={lstm_kwargs[name]!r}, for which the policy is not made: "
+                    f"leave {name} out."
+                )
         super()._setup_model()
         self._lstm_states: RNNStates | None = None
         """Of the running episodes, after their last step; ``(n_layers, n_envs, hidden_size)`` each."""
@@ -75,17 +93,38 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         # They belong to episodes in flight, which are not saved either
         return [*super()._excluded_save_params(), "_lstm_states"]
 
-    def _in_flight_params(self) -> list[str]:
-        return [*super()._in_flight_params(), "_lstm_states"]
-
     def _start_rollout(self, env: VecEnv) -> None:
+        # The policy may be another one by now
+        _refuse_overridden(self.policy)
         lstm = self.policy.lstm_actor
-        shape = (lstm.num_layers, env.num_envs, lstm.hidden_size)
-        # The second time after the policy was replaced by another one
-        if self._lstm_states is None or self._lstm_states.pi[0].shape != shape:
+        with th.inference_mode():
             # One tensor would do for all of them, were they not zeroed in place
-            zeros = [th.zeros(shape, device=self.device) for _ in range(4)]
+            zeros = [th.zeros(lstm.num_layers, env.num_envs, lstm.hidden_size, device=self.device) for _ in range(4)]
             self._lstm_states = RNNStates(pi=(zeros[0], zeros[1]), vf=(zeros[2], zeros[3]))
+            for running in self.rollout_buffer.get_running(self.batch_size):
+                self._recall(running)
+
+    def _recall(self, running: RunningEpisodes) -> None:
+        """
+        Run the LSTMs over what episodes have seen so far: the parameters may be others than those that it was sampled with.
+
+        :param running: Heads of the running episodes, or of some of them
+        """
+        policy = self.policy
+        assert self._lstm_states is not None
+        positions, pieces = _interleave(running.episode_lengths)
+        to_steps = th.as_tensor(np.argsort(positions), device=self.device)
+        features_pi, features_vf = _extract_features(policy, _take(running.observations, to_steps))
+        runs = [(policy.lstm_actor, features_pi, self._lstm_states.pi)]
+        if policy.lstm_critic is not None and self.handle_timeout_termination:
+            runs.append((policy.lstm_critic, features_vf, self._lstm_states.vf))
+
+        # At their first step all episodes are running, each in the place that it keeps
+        places = positions[np.cumsum(running.episode_lengths) - running.episode_lengths]
+        for lstm, features, states in runs:
+            _, last_states = _run_lstm(lstm, features, pieces)
+            for state, last_state in zip(states, last_states, strict=True):
+                state[:, running.env_indices] = last_state[:, places]
 
     def _sample_actions(
         self, observations: np.ndarray | dict[str, np.ndarray], policy_inputs: dict[str, np.ndarray]
@@ -134,17 +173,12 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         positions, pieces = _interleave(np.array(samples.episode_lengths))
         to_steps = th.as_tensor(np.argsort(positions), device=self.device)
         to_episodes = th.as_tensor(positions, device=self.device)
-        observations = (
-            {key: observation[to_steps] for key, observation in samples.observations.items()}
-            if isinstance(samples.observations, dict)
-            else samples.observations[to_steps]
-        )
 
         # 2. The LSTMs alone see time, all else works on flat tensors
-        features_pi, features_vf = _extract_features(policy, observations)
-        latent_pi = _run_lstm(policy.lstm_actor, features_pi, pieces)
+        features_pi, features_vf = _extract_features(policy, _take(samples.observations, to_steps))
+        latent_pi, _ = _run_lstm(policy.lstm_actor, features_pi, pieces)
         if policy.lstm_critic is not None:
-            latent_vf = _run_lstm(policy.lstm_critic, features_vf, pieces)
+            latent_vf, _ = _run_lstm(policy.lstm_critic, features_vf, pieces)
         elif policy.shared_lstm:
             # Only the actor trains it
             latent_vf = latent_pi.detach()
@@ -157,6 +191,29 @@ class RecurrentEpisodicA2C(EpisodicA2C):
 
         # 3. And back
         return values[to_episodes], log_prob[to_episodes], None if entropy is None else entropy[to_episodes]
+
+
+def _refuse_overridden(policy: RecurrentActorCriticPolicy | type[BasePolicy]) -> None:
+    """
+    Refuse methods that would silently not be called.
+
+    :param policy: A policy, or its class
+    :raises ValueError: It names them and the remedy
+    """
+    overridden = overridden_methods(policy, RecurrentActorCriticPolicy, BYPASSED_METHODS)
+    if overridden:
+        name = (policy if isinstance(policy, type) else type(policy)).__name__
+        raise ValueError(
+            f"`policy` {name} overrides {', '.join(overridden)}, which would not be called: whole episodes are run through "
+            "`extract_features`, `lstm_actor`, `lstm_critic`, `critic`, `mlp_extractor`, `_get_action_dist_from_latent` and "
+            "`value_net`. Change one of these instead."
+        )
+
+
+def _take(observations: th.Tensor | dict[str, th.Tensor], indices: th.Tensor) -> th.Tensor | dict[str, th.Tensor]:
+    if isinstance(observations, dict):
+        return {key: observation[indices] for key, observation in observations.items()}
+    return observations[indices]
 
 
 def _extract_features(
@@ -194,9 +251,11 @@ def _interleave(episode_lengths: np.ndarray) -> tuple[np.ndarray, list[tuple[int
     return positions, list(zip(n_steps.tolist(), n_running.tolist(), strict=True))
 
 
-def _run_lstm(lstm: nn.LSTM, features: th.Tensor, pieces: list[tuple[int, int]]) -> th.Tensor:
+def _run_lstm(
+    lstm: nn.LSTM, features: th.Tensor, pieces: list[tuple[int, int]]
+) -> tuple[th.Tensor, tuple[th.Tensor, th.Tensor]]:
     """
-    Run an LSTM over whole episodes, from a zero state.
+    Run an LSTM over episodes from their first step, from a zero state.
 
     Dense pieces without padding: on a CPU an order of magnitude faster than PyTorch's ``PackedSequence`` where lengths
     differ, and memory grows with the number of transitions, however unequal the episodes are.
@@ -204,16 +263,18 @@ def _run_lstm(lstm: nn.LSTM, features: th.Tensor, pieces: list[tuple[int, int]])
     :param lstm: The LSTM
     :param features: ``(n_transitions, features_dim)``, ordered by :func:`_interleave`
     :param pieces: ``(n_steps, n_running)`` each
-    :return: ``(n_transitions, hidden_size)`` in the same order
+    :return: Outputs ``(n_transitions, hidden_size)`` in the same order; hidden and cell state of each episode after its last
+        step, ``(n_layers, n_episodes, hidden_size)``, in the order that the episodes have within a step
     """
-    outputs = []
+    outputs, last_hidden, last_cell = [], [], []
     states: tuple[th.Tensor, th.Tensor] | None = None
-    for piece, (n_steps, n_running) in zip(
-        features.split([n_steps * n_running for n_steps, n_running in pieces]), pieces, strict=True
-    ):
-        if states is not None:
-            # The shortest episodes ended with the piece before
-            states = (states[0][:, :n_running].contiguous(), states[1][:, :n_running].contiguous())
-        output, states = lstm(piece.reshape(n_steps, n_running, -1), states)
+    n_going_on = [*(n_running for _, n_running in pieces[1:]), 0]
+    features_of_pieces = features.split([n_steps * n_running for n_steps, n_running in pieces])
+    for piece, (n_steps, n_running), n_left in zip(features_of_pieces, pieces, n_going_on, strict=True):
+        output, (hidden, cell) = lstm(piece.reshape(n_steps, n_running, -1), states)
         outputs.append(output.flatten(end_dim=1))
-    return th.cat(outputs)
+        # The shortest episodes end here
+        last_hidden.append(hidden[:, n_left:])
+        last_cell.append(cell[:, n_left:])
+        states = (hidden[:, :n_left].contiguous(), cell[:, :n_left].contiguous())
+    return th.cat(outputs), (th.cat(last_hidden[::-1], dim=1), th.cat(last_cell[::-1], dim=1))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.ppo_recurrent import MlpLstmPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -91,9 +92,12 @@ def test_numpy_numbers_are_numbers() -> None:
     model.learn(100)
 
 
-@pytest.mark.parametrize("policy", [MlpLstmPolicy, DQNPolicy])
-def test_policies_of_other_algorithms(policy: type) -> None:
-    with pytest.raises(ValueError, match=rf"`policy` {policy.__name__} does not fit EpisodicA2C.*MlpPolicy"):
+@pytest.mark.parametrize(
+    ("policy", "remedy"),
+    [(MlpLstmPolicy, "RecurrentEpisodicA2C"), (MaskableActorCriticPolicy, "MaskableEpisodicA2C"), (DQNPolicy, "MlpPolicy")],
+)
+def test_policies_of_other_algorithms(policy: type, remedy: str) -> None:
+    with pytest.raises(ValueError, match=rf"`policy` {policy.__name__} does not fit EpisodicA2C.*{remedy}"):
         EpisodicA2C(policy, "CartPole-v1")
 
 

@@ -128,6 +128,16 @@ def test_buffer_equals_a_brute_force_reference(
         samples = list(buffer.get(batch_size))
         assert [length for steps, _ in reference for length in [len(steps)]] == buffer.episode_lengths.tolist()
         assert sum(sum(sample.episode_lengths) for sample in samples) == len(transitions)
+        seen = [len(steps) and (not discard or order < n_wanted) for steps, order in zip(running, started, strict=True)]
+        heads = list(buffer.get_running(batch_size))
+        assert [index for head in heads for index in head.env_indices] == np.flatnonzero(seen).tolist()
+        expected_heads = [[step[:2] for step in running[index]] for index in np.flatnonzero(seen)]
+        positions = [head.observations["position"] if is_dict else head.observations for head in heads]
+        assert [tuple(p) for p in th.cat([*positions, th.zeros(0, 2)]).tolist()] == [p for h in expected_heads for p in h]
+        assert [length for head in heads for length in head.episode_lengths] == [len(head) for head in expected_heads]
+        assert batch_size is None or all(
+            head.episode_lengths.sum() <= batch_size or len(head.episode_lengths) == 1 for head in heads
+        )
         if not transitions:
             assert samples == []
             continue

@@ -164,13 +164,13 @@ def test_batches_change_nothing_but_memory():
 
 
 class _MasksOf(gym.Wrapper):
-    """Masks of a given length and value."""
+    """Always the same mask, or what is none."""
 
-    def __init__(self, env: gym.Env, mask: list[bool]) -> None:
+    def __init__(self, env: gym.Env, mask: Any) -> None:
         super().__init__(env)
         self.mask = mask
 
-    def action_masks(self) -> list[bool]:
+    def action_masks(self) -> Any:
         return self.mask
 
 
@@ -183,7 +183,27 @@ def test_refuses_an_environment_without_masks():
 
 def test_refuses_masks_of_another_size():
     model = MaskableEpisodicA2C("MlpPolicy", _MasksOf(gym.make("CartPole-v1"), [True] * 3))
-    with pytest.raises(ValueError, match="returned 3 entries, but its action space has 2"):
+    with pytest.raises(ValueError, match="environment 0 returned 3 entries, but its action space has 2"):
+        model.learn(10)
+
+
+@pytest.mark.parametrize(
+    ("mask", "returned"),
+    [
+        ([True], "1 entries"),
+        ([True] * 4, "4 entries"),
+        ([[True], [True, False]], r"\[\[True\], \[True, False\]\]"),
+        (None, "None"),
+        ("01", "'01'"),
+    ],
+)
+@pytest.mark.parametrize("bad_index", [0, 2])
+def test_refuses_what_is_no_mask_and_says_of_which_environment(bad_index, mask, returned):
+    masks: list[Any] = [[True, True]] * 3
+    masks[bad_index] = mask
+    env = DummyVecEnv([lambda mask=mask: _MasksOf(gym.make("CartPole-v1"), mask) for mask in masks])
+    model = MaskableEpisodicA2C("MlpPolicy", env)
+    with pytest.raises(ValueError, match=rf"environment {bad_index} returned {returned}, but its action space has 2"):
         model.learn(10)
 
 

@@ -11,6 +11,7 @@ import torch as th
 from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from sb3_contrib.ppo_recurrent import MlpLstmPolicy
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -90,6 +91,40 @@ def test_training_sees_it_while_learning_too():
     assert check.n_compared > 200
 
 
+class FreshLogProbCheck(LogProbCheck):
+    """Of the steps made since the last update only: the parameters that training recomputes them with are the same."""
+
+    def _on_training_start(self) -> None:
+        self.n_compared_with_stale_head = 0
+
+    def _on_rollout_start(self) -> None:
+        self.sampled.clear()
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.model.rollout_buffer
+        observations, log_probs = self._id(buffer.observations)[:, 0], buffer.log_probs[:, 0]
+        expected = np.array([self.sampled.get(observation.tobytes(), np.nan) for observation in observations])
+        is_fresh = ~np.isnan(expected)
+        np.testing.assert_allclose(log_probs[is_fresh], expected[is_fresh], atol=1e-5, rtol=1e-5)
+        for episode in np.split(is_fresh, np.cumsum(buffer.episode_lengths)[:-1]):
+            self.n_compared_with_stale_head += 0 if episode[0] else episode.sum()
+
+
+@pytest.mark.parametrize("critic", list(CRITICS))
+@pytest.mark.parametrize(("is_dict", "batch_size"), [(False, None), (True, 10)])
+def test_an_episode_goes_on_with_the_memory_of_the_new_parameters(is_dict, batch_size, critic):
+    env = make_random_envs(ACTION_SPACES["discrete"], n_envs=4, is_dict=is_dict)
+    model = make_model(env, critic, learning_rate=0.01, batch_size=batch_size)
+    check = FreshLogProbCheck()
+    model.learn(500, callback=check)
+    # The budget ends in the midst of episodes. Parameters may change between two calls, too
+    assert model.rollout_buffer.running_steps.any()
+    randomize(model.policy, seed=1)
+    model.learn(500, callback=check, reset_num_timesteps=False)
+    assert model._n_updates > 20
+    assert check.n_compared_with_stale_head > 100
+
+
 @pytest.mark.parametrize("use_expln", [False, True])
 def test_training_sees_it_with_state_dependent_exploration(use_expln):
     env = make_random_envs(ACTION_SPACES["box"], n_envs=3)
@@ -137,9 +172,17 @@ class SwappedStates(RecurrentEpisodicA2C):
 class ForgetfulBetweenRollouts(RecurrentEpisodicA2C):
     """Planted fault: episodes that are carried over lose their memory."""
 
+    def _recall(self, running):
+        pass
+
+
+class MemoryOfOldParameters(RecurrentEpisodicA2C):
+    """Planted fault: episodes that are carried over keep the memory that the parameters before the update made."""
+
     def _start_rollout(self, env):
-        self._lstm_states = None
+        states = self._lstm_states
         super()._start_rollout(env)
+        self._lstm_states = states or self._lstm_states
 
 
 @pytest.mark.parametrize("fault", [NeverZeroed, AlwaysZeroed, SwappedStates, ForgetfulBetweenRollouts])
@@ -147,6 +190,13 @@ def test_a_wrong_state_would_be_seen(fault):
     model = make_model(make_random_envs(ACTION_SPACES["discrete"], n_envs=3), cls=fault, learning_rate=0.0)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         model.learn(600, callback=LogProbCheck())
+
+
+@pytest.mark.parametrize("fault", [MemoryOfOldParameters, ForgetfulBetweenRollouts])
+def test_the_memory_of_old_parameters_would_be_seen(fault):
+    model = make_model(make_random_envs(ACTION_SPACES["discrete"], n_envs=4), cls=fault, learning_rate=0.01)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        model.learn(500, callback=FreshLogProbCheck())
 
 
 @pytest.mark.parametrize("critic", list(CRITICS))
@@ -271,12 +321,12 @@ class TerminalValueCheck(BaseCallback):
 
 
 @pytest.mark.parametrize("critic", list(CRITICS))
-@pytest.mark.parametrize("is_dict", [False, True])
-def test_the_value_after_a_time_limit_remembers_the_episode(is_dict, critic):
+@pytest.mark.parametrize(("is_dict", "learning_rate"), [(False, 0.0), (True, 0.0), (True, 0.01)])
+def test_the_value_after_a_time_limit_remembers_the_episode(is_dict, learning_rate, critic):
     model = make_model(
         make_random_envs(ACTION_SPACES["discrete"], n_envs=3, is_dict=is_dict),
         critic,
-        learning_rate=0.0,
+        learning_rate=learning_rate,
         standardize_returns=None,
     )
     check = TerminalValueCheck()
@@ -314,6 +364,58 @@ def test_refuses_a_policy_without_memory():
         RecurrentEpisodicA2C(MlpPolicy, "CartPole-v1")
     with pytest.raises(ValueError, match=r"'MlpPolicy' is unknown.*MlpLstmPolicy"):
         RecurrentEpisodicA2C("MlpPolicy", "CartPole-v1")
+
+
+class ForwardOfItsOwn(MlpLstmPolicy):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class SequencesOfItsOwn(MlpLstmPolicy):
+    @staticmethod
+    def _process_sequence(features, lstm_states, episode_starts, lstm):
+        return MlpLstmPolicy._process_sequence(features, lstm_states, episode_starts, lstm)
+
+    def evaluate_actions(self, *args, **kwargs):
+        return super().evaluate_actions(*args, **kwargs)
+
+
+class LayersOfItsOwn(MlpLstmPolicy):
+    """Its methods are all called."""
+
+    n_calls = 0
+
+    def extract_features(self, *args, **kwargs):
+        self.n_calls += 1
+        return super().extract_features(*args, **kwargs)
+
+    def _get_action_dist_from_latent(self, latent_pi):
+        self.n_calls += 1
+        return super()._get_action_dist_from_latent(latent_pi)
+
+
+def test_refuses_methods_that_would_not_be_called():
+    with pytest.raises(ValueError, match="ForwardOfItsOwn overrides forward, which would not be called"):
+        RecurrentEpisodicA2C(ForwardOfItsOwn, "CartPole-v1")
+    with pytest.raises(ValueError, match="SequencesOfItsOwn overrides evaluate_actions, _process_sequence, which"):
+        RecurrentEpisodicA2C(SequencesOfItsOwn, "CartPole-v1")
+
+    model = RecurrentEpisodicA2C(LayersOfItsOwn, "CartPole-v1", policy_kwargs=dict(lstm_hidden_size=8))
+    model.learn(20)
+    assert model.policy.n_calls >= 40
+    # Replaced on the object
+    model.policy.get_distribution = model.policy.get_distribution
+    with pytest.raises(ValueError, match="LayersOfItsOwn overrides get_distribution"):
+        model.learn(20)
+
+
+@pytest.mark.parametrize("lstm_kwargs", [{"batch_first": True}, {"bidirectional": True}, {"proj_size": 4}])
+def test_refuses_an_lstm_of_other_shapes(lstm_kwargs):
+    (name,) = lstm_kwargs
+    with pytest.raises(ValueError, match=f"`lstm_kwargs` of `policy_kwargs` has {name}={lstm_kwargs[name]}"):
+        RecurrentEpisodicA2C("MlpLstmPolicy", "CartPole-v1", policy_kwargs=dict(lstm_kwargs=lstm_kwargs))
+    # As they are anyway
+    RecurrentEpisodicA2C("MlpLstmPolicy", "CartPole-v1", policy_kwargs=dict(lstm_kwargs={"batch_first": False}))
 
 
 def test_save_load_continue(tmp_path: Path):
@@ -376,7 +478,7 @@ def test_evaluation_on_normalised_observations(tmp_path: Path):
 
 def test_cnn_policy():
     env = gym.wrappers.TransformObservation(
-        gym.make("CartPole-v1"),
+        gym.make("CartPole-v1", max_episode_steps=20),
         lambda observation: np.full((36, 36, 1), 100 * abs(observation[2]), np.uint8),
         spaces.Box(0, 255, (36, 36, 1), np.uint8),
     )
