@@ -16,7 +16,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import nn
 
-from sb3_episodic_a2c.actors import reason_against_numpy
+from sb3_episodic_a2c.actors import overridden_methods, reason_against_numpy
 from sb3_episodic_a2c.type_aliases import EpisodicRolloutBufferSamples
 
 Evaluations = tuple[th.Tensor, th.Tensor, th.Tensor | None]
@@ -87,9 +87,8 @@ def find_plain_networks(policy: ActorCriticPolicy) -> PlainNetworks | None:
     :param policy: The policy
     :return: Its networks, if there is no more to ``policy.evaluate_actions`` than what :func:`evaluate_actions` does with them
     """
-    methods = ("evaluate_actions", "extract_features")
     if (
-        any(getattr(type(policy), name) is not getattr(ActorCriticPolicy, name) for name in methods)
+        overridden_methods(policy, ActorCriticPolicy, ("evaluate_actions", "extract_features"))
         or type(policy.action_dist) not in (CategoricalDistribution, DiagGaussianDistribution)
         or not policy.share_features_extractor
         # It knows the actor's half, and whose methods were replaced
