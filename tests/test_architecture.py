@@ -1,6 +1,7 @@
 """The layout of the package: imports go downward only, and there is one loop."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,12 @@ def test_one_loop_one_train_step(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and node.name in ("collect_rollouts", "train", "learn"):
             assert module_of(path) == "episodic_a2c", f"{path} defines {node.name}"
+
+
+def test_one_module_knows_the_inside_of_rl_zoo() -> None:
+    """Its registers, its manager and its bugs, whichever way it is imported; elsewhere its name only is known."""
+    inside = [path.name for path in FILES if re.search(r"(import|from) rl_zoo3|rl_zoo3\.", path.read_text())]
+    assert inside == ["zoo.py"]
 
 
 @pytest.mark.parametrize("name", ["returns"])

@@ -40,7 +40,7 @@ from stable_baselines3.common.callbacks import EvalCallback
 import sb3_episodic_a2c
 from sb3_episodic_a2c import MaskableEpisodicA2C
 from sb3_episodic_a2c.files import atomic_write
-from sb3_episodic_a2c.tools.zoo import ALGORITHMS, fix_experiment_manager, register
+from sb3_episodic_a2c.tools.zoo import algorithms, experiment_manager_class, register
 
 CELL_FILE = "cell.json"
 """Beside what the Zoo writes: what was trained, and what was measured. A run folder that has it is complete."""
@@ -408,7 +408,7 @@ def _make_manager(cell: Cell, log_folder: Path) -> tuple[Any, BaseAlgorithm, Any
 
         def create_callbacks(self) -> None:
             self.eval_env_kwargs = copy.deepcopy(cell.eval_env_kwargs)
-            is_masked = issubclass(_algorithm_class(cell.algorithm), MaskableEpisodicA2C)
+            is_masked = issubclass(algorithms()[cell.algorithm], MaskableEpisodicA2C)
             callback = (_MaskableEvalOnGrid if is_masked else _EvalOnGrid)(
                 # An environment for each episode: all start from a seed, and side by side they take less time
                 self.create_envs(cell.eval_episodes, eval_env=True),
@@ -466,19 +466,6 @@ def _run_manager(manager: Any, model: BaseAlgorithm, callback: Any) -> None:
             f"of {len(callback.grid)} evaluations: does a callback in the hyperparameters stop it?"
         )
     manager.save_trained_model(model)
-
-
-def _algorithm_class(algorithm: str) -> type[BaseAlgorithm]:
-    from rl_zoo3 import ALGOS
-
-    return ALGORITHMS.get(algorithm) or ALGOS[algorithm]
-
-
-def experiment_manager_class() -> type[Any]:
-    """RL Zoo's ``ExperimentManager``, with upstream bugs worked around."""
-    from rl_zoo3.exp_manager import ExperimentManager
-
-    return fix_experiment_manager(ExperimentManager)
 
 
 @contextlib.contextmanager

@@ -29,14 +29,21 @@ from sb3_episodic_a2c.tools.cells import (
     UNFINISHED_FOLDER,
     Cell,
     CellResult,
-    experiment_manager_class,
     is_finished,
     load_cell,
     remove_leftovers,
     train_cell,
 )
 from sb3_episodic_a2c.tools.report import write_report
-from sb3_episodic_a2c.tools.zoo import ALGORITHMS, DEFAULT_ALGORITHM, config_path, register
+from sb3_episodic_a2c.tools.zoo import (
+    ALGORITHMS,
+    DEFAULT_ALGORITHM,
+    config_path,
+    evaluate_kwargs,
+    experiment_manager_class,
+    register,
+)
+from sb3_episodic_a2c.tools.zoo import algorithms as zoo_algorithms
 
 BACKENDS = ("loky", "sequential", "dask", "ray")
 """Where the cells are trained: processes of this machine, this process, a Dask or a Ray cluster."""
@@ -291,10 +298,10 @@ def _base(label: str) -> str:
 
 
 def _check_algorithm(label: str) -> None:
-    from rl_zoo3 import ALGOS
-
-    if _base(label) not in ALGOS:
-        raise ValueError(f"`algo` {label!r} is unknown. Use one of {', '.join([*ALGORITHMS, MATCHED, *sorted(ALGOS)])}.")
+    known = zoo_algorithms()
+    if _base(label) not in known:
+        names = [*ALGORITHMS, MATCHED, *sorted(known.keys() - ALGORITHMS.keys())]
+        raise ValueError(f"`algo` {label!r} is unknown. Use one of {', '.join(names)}.")
 
 
 def _hyperparams(label: str, env_id: str, configs: dict[str, str]) -> dict[str, Any]:
@@ -316,19 +323,11 @@ def _matched(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
         "n_envs": ours.get("n_envs", 1),
     }
     names = ("optimizer_class", "optimizer_kwargs")
-    ours_kwargs, theirs_kwargs = _policy_kwargs(ours), _policy_kwargs(theirs)
+    ours_kwargs, theirs_kwargs = (evaluate_kwargs(hyperparams.get("policy_kwargs")) for hyperparams in (ours, theirs))
     if any(name in kwargs for name in names for kwargs in (ours_kwargs, theirs_kwargs)):
         others = {name: value for name, value in theirs_kwargs.items() if name not in names}
         matched["policy_kwargs"] = {**others, **{name: ours_kwargs[name] for name in names if name in ours_kwargs}}
     return matched
-
-
-def _policy_kwargs(hyperparams: dict[str, Any]) -> dict[str, Any]:
-    """In YAML they may be a text, which the Zoo evaluates in its module."""
-    policy_kwargs = hyperparams.get("policy_kwargs") or {}
-    if isinstance(policy_kwargs, str):
-        policy_kwargs = eval(policy_kwargs, vars(importlib.import_module("rl_zoo3.exp_manager")))
-    return dict(policy_kwargs)
 
 
 def _read_config(algorithm: str, env_id: str, configs: dict[str, str]) -> dict[str, Any]:
@@ -752,9 +751,7 @@ def parse_configs(values: list[str], algorithms: list[str]) -> dict[str, str]:
     :return: Algorithm: path
     :raises ValueError: One has two paths
     """
-    from rl_zoo3 import ALGOS
-
-    known = {*ALGOS, *ALGORITHMS, *(_base(label) for label in algorithms)}
+    known = {*zoo_algorithms(), *(_base(label) for label in algorithms)}
     configs: dict[str, str] = {}
     for value in values:
         algorithm, separator, path = value.partition(":")

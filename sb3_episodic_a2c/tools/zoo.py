@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
@@ -81,6 +82,30 @@ def register() -> None:
         {"episodic_a2c": sample_params, "episodic_a2c_mask": sample_params, "episodic_a2c_lstm": sample_lstm_params}
     )
     HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_params))
+
+
+def algorithms() -> dict[str, type[BaseAlgorithm]]:
+    """
+    :return: Zoo id: the algorithm, of RL Zoo's own and of ours
+    :raises ImportError: RL Zoo is not installed
+    """
+    from rl_zoo3 import ALGOS
+
+    return {**ALGOS, **ALGORITHMS}
+
+
+def experiment_manager_class() -> type[Any]:
+    """RL Zoo's ``ExperimentManager``, with upstream bugs worked around."""
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    return fix_experiment_manager(ExperimentManager)
+
+
+def evaluate_kwargs(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
+    """Keyword arguments from a config, where they may be a text, which the Zoo evaluates in the module of its manager."""
+    if isinstance(kwargs, str):
+        return dict(eval(kwargs, vars(importlib.import_module("rl_zoo3.exp_manager"))))
+    return dict(kwargs or {})
 
 
 # ------------------------------------------------------------------ hyperparameter search
