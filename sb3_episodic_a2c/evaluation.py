@@ -65,9 +65,18 @@ def _tanh(x: th.Tensor) -> th.Tensor:
     return x.mul_(2).sigmoid_().mul_(2).sub_(1)
 
 
+def _backpropagate_tanh(grad: th.Tensor, output: th.Tensor) -> th.Tensor:
+    return grad.addcmul_(grad * output, output, value=-1)
+
+
+def _backpropagate_relu(grad: th.Tensor, output: th.Tensor) -> th.Tensor:
+    return grad.mul_(output > 0)
+
+
+# No lambdas: a model can be pickled
 ACTIVATIONS: dict[type[nn.Module], _Activation] = {
-    nn.Tanh: _Activation(_tanh, lambda grad, output: grad.addcmul_(grad * output, output, value=-1)),
-    nn.ReLU: _Activation(th.relu_, lambda grad, output: grad.mul_(output > 0)),
+    nn.Tanh: _Activation(_tanh, _backpropagate_tanh),
+    nn.ReLU: _Activation(th.relu_, _backpropagate_relu),
 }
 """Those that are built in: what their gradient needs is their output."""
 

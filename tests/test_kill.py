@@ -35,9 +35,12 @@ def start_afresh(setting: str) -> EpisodicA2C:
 
 
 def state_seeded(model: EpisodicA2C) -> dict[str, Any]:
-    """All of the state, but for the random states of Python and NumPy, which nothing here uses or seeds."""
+    """
+    All of the state, but for the random states of Python and NumPy, which nothing here uses or seeds, and the memory of an
+    LSTM, which is recalled when a rollout starts.
+    """
     state = state_of(model)
-    return {**state, "random": state["random"][:1]}
+    return {**state, "random": state["random"][:1], "lstm": None}
 
 
 class Report(BaseCallback):
