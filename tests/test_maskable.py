@@ -342,10 +342,10 @@ class StopWhenSolved(BaseCallback):
 
 
 def solve(model: Any, max_steps: int) -> tuple[int, float]:
-    """Env steps and seconds until solved."""
-    start = time.perf_counter()
+    """Env steps and seconds of the processor until solved."""
+    start = time.process_time()
     model.learn(max_steps, callback=StopWhenSolved())
-    return model.num_timesteps, time.perf_counter() - start
+    return model.num_timesteps, time.process_time() - start
 
 
 MASKABLE_KWARGS: dict[str, dict[str, Any]] = {
@@ -377,11 +377,15 @@ def test_solves_small_invalid_action_environments(space):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("space", MASKED_SPACES)
-def test_solves_invalid_action_environments_in_no_more_steps_than_maskable_ppo(space):
+@pytest.mark.parametrize(
+    # MaskablePPO needs minutes for three seeds of the last
+    ("space", "seeds"),
+    [("discrete", range(20, 23)), ("multi_discrete", range(20, 23)), ("multi_binary", range(20, 21))],
+)
+def test_solves_invalid_action_environments_in_fewer_steps_and_seconds_than_maskable_ppo(space, seeds):
     """MaskablePPO with the arguments of sb3-contrib's own tests; and, for information, with faster ones. ``-m slow -s``."""
     runs: dict[str, list[tuple[int, float]]] = {}
-    for seed in range(3):
+    for seed in seeds:
 
         def make(seed: int = seed) -> Any:
             return seeded(INVALID_ACTION_ENVS[space](), seed)
@@ -395,6 +399,9 @@ def test_solves_invalid_action_environments_in_no_more_steps_than_maskable_ppo(s
         }
         for name, model in models.items():
             runs.setdefault(name, []).append(solve(model, 40_000))
-    print(f"\n{space}: (env steps, s) {runs}")
-    ours, theirs = (np.median([steps for steps, _ in runs[name]]) for name in ("MaskableEpisodicA2C", "MaskablePPO"))
-    assert ours <= theirs
+    for name, results in runs.items():
+        print(
+            f"\n{space}, {name}: (env steps, s) {np.round(results, 2).tolist()}, median {np.median(results, axis=0)}", end=""
+        )
+    ours, theirs = (np.median(runs[name], axis=0) for name in ("MaskableEpisodicA2C", "MaskablePPO"))
+    assert (ours <= theirs).all(), (ours, theirs)
