@@ -255,8 +255,8 @@ class NumpyActor:
         """
         action_masks = policy_inputs.get("action_masks")
         if action_masks is not None:
-            # sb3-contrib's value for invalid actions
-            logits = np.where(action_masks.reshape(logits.shape), logits, np.float32(-1e8))
+            # Below any logit, which sb3-contrib's -1e8 is not
+            logits = np.where(action_masks.reshape(logits.shape), logits, np.float32(-np.inf))
         return logits + self._noise(logits.shape)
 
     def _sample_categorical(self, logits: Array, latent: Array, policy_inputs: dict[str, Array]) -> Array:

@@ -50,7 +50,7 @@ SelfEpisodicA2C = TypeVar("SelfEpisodicA2C", bound="EpisodicA2C")
 INITIAL_BUFFER_SIZE = 128
 """Rows that the rollout buffer starts with."""
 
-CPU_PASS_SIZE = 4096
+CPU_PASS_SIZE = 2048
 """Transitions of one forward/backward pass on the CPU. More are slower: their activations fit into no cache, and take fresh
 memory from the operating system at every update."""
 
@@ -100,7 +100,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
     :param max_grad_norm: The maximum norm of the gradient; None: no clipping. The loss is a sum, so a useful value is
         larger than for A2C
     :param batch_size: The most transitions in one forward and backward pass; None: all at once, on the CPU up to
-        4096, which is faster than more. The gradients of the passes are summed before the one optimizer step, so it bounds
+        2048, which is faster than more. The gradients of the passes are summed before the one optimizer step, so it bounds
         memory and changes nothing else
     :param actor: What samples the actions while collecting, from the same distribution. ``"auto"``: NumPy for an MLP policy on
         flat observations, which is several times faster, torch for everything else. ``"numpy"``, ``"torch"``: that one

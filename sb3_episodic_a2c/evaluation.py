@@ -99,7 +99,8 @@ def find_plain_networks(policy: ActorCriticPolicy) -> PlainNetworks | None:
     if (
         overridden_methods(policy, ActorCriticPolicy, ("evaluate_actions", "extract_features"))
         or type(policy.action_dist) not in (CategoricalDistribution, DiagGaussianDistribution)
-        or not policy.share_features_extractor
+        # Those of actor and critic may have been replaced, `features_extractor` alone too
+        or not policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
         # It knows the actor's half, and whose methods were replaced
         or reason_against_numpy(policy) is not None
     ):

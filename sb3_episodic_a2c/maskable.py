@@ -146,6 +146,12 @@ def _stack_masks(masks: Sequence[Any], n_choices: np.ndarray) -> np.ndarray:
                 f"{action_masks.shape[1]} (choices in each dimension: {n_choices.tolist()}): return one array with one "
                 "boolean for each of them."
             )
+        if array.dtype != bool and not np.isin(array, (0, 1)).all():
+            # Such as what is added to logits, 0 and -1e8, the other way round
+            raise ValueError(
+                f"`action_masks()` of environment {env_index} returned {mask!r}: return booleans, True where the action is "
+                "valid, or 1 and 0."
+            )
         action_masks[env_index] = array.ravel()
     has_choice = np.logical_or.reduceat(action_masks, np.cumsum(n_choices) - n_choices, axis=1)
     if not has_choice.all():

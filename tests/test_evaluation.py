@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_episodic_a2c import EpisodicA2C, SharedMlpPolicy
@@ -117,6 +118,8 @@ def patch_policy(policy: Any) -> None:
     [
         replace_critic,
         patch_policy,
+        lambda policy: setattr(policy, "features_extractor", FlattenExtractor(BOX)),
+        lambda policy: setattr(policy, "vf_features_extractor", FlattenExtractor(BOX)),
         lambda policy: policy.value_net.register_forward_hook(lambda module, x, y: 2 * y),
         lambda policy: policy.mlp_extractor.value_net[0].register_full_backward_hook(lambda module, x, y: None),
         lambda policy: policy.mlp_extractor.value_net.__setitem__(1, nn.Dropout(0.5)),

@@ -19,7 +19,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, MlpPolicy
-from sb3_episodic_a2c.actors import TorchActor
+from sb3_episodic_a2c.actors import NumpyActor, TorchActor
 from tests.variant_envs import ACTION_SPACES, GradientRecord, LogProbCheck, RandomEnv, make_random_envs, randomize
 
 MASKED_SPACES = ["discrete", "multi_discrete", "multi_binary"]
@@ -79,15 +79,27 @@ def test_a_shifted_mask_would_be_seen():
         model.learn(100, callback=LogProbCheck())
 
 
+@pytest.mark.parametrize("is_dict", [False, True])
 @pytest.mark.parametrize("space", MASKED_SPACES)
-def test_no_invalid_action_in_100_000_steps(space):
-    env = make_random_envs(ACTION_SPACES[space], n_envs=100)
-    model = MaskableEpisodicA2C("MlpPolicy", env, n_episodes=5, seed=0)
+def test_no_invalid_action_in_100_000_steps(space, is_dict):
+    env = make_random_envs(ACTION_SPACES[space], n_envs=100, is_dict=is_dict)
+    model = MaskableEpisodicA2C("MultiInputPolicy" if is_dict else "MlpPolicy", env, n_episodes=5, seed=0)
+    assert isinstance(model._actor, TorchActor if is_dict else NumpyActor)
     # Sure of itself: some actions that are invalid would nearly always be taken
     randomize(model.policy, scale=2.0)
     model.learn(100_000)
     assert model.num_timesteps == 100_000
     assert env.get_attr("n_invalid_actions") == [0] * 100
+
+
+def test_no_invalid_action_however_unlikely_the_others_are():
+    model = MaskableEpisodicA2C("MlpPolicy", make_random_envs(ACTION_SPACES["discrete"]), seed=0)
+    with th.no_grad():
+        # Less than what sb3-contrib gives to invalid actions
+        model.policy.action_net.bias.copy_(th.tensor([0.0, -1e9, -1e9, -1e9, -1e9]))
+    masks = np.array([[False, True, True, False, False]])
+    actions = {int(model._actor.sample(np.zeros((1, 3), np.float32), {"action_masks": masks})[0]) for _ in range(50)}
+    assert actions <= {1, 2}
 
 
 def test_without_masking_invalid_actions_are_sampled_and_no_mask_is_asked_for():
@@ -124,6 +136,7 @@ def test_an_action_that_is_never_valid_has_no_gradient(space):
         assert gradient[first_choices].abs().max().item() < 1e-5 * scale
 
 
+# Not for MultiBinary, where the maskable policy is another one: two logits a bit, in place of one
 @pytest.mark.parametrize("space", ["discrete", "multi_discrete"])
 @pytest.mark.parametrize("partial_episodes", ["carry", "discard"])
 def test_an_all_true_mask_changes_no_gradient(space, partial_episodes):
@@ -205,6 +218,27 @@ def test_refuses_what_is_no_mask_and_says_of_which_environment(bad_index, mask, 
     model = MaskableEpisodicA2C("MlpPolicy", env)
     with pytest.raises(ValueError, match=rf"environment {bad_index} returned {returned}, but its action space has 2"):
         model.learn(10)
+
+
+@pytest.mark.parametrize(
+    ("mask", "shown"),
+    [
+        ([0.0, -1e8], r"\[0\.0, -1"),
+        (np.array([np.nan, 1.0]), "array.*nan"),
+        ([2, 0], r"\[2, 0\]"),
+    ],
+)
+def test_refuses_masks_that_are_neither_booleans_nor_ones_and_zeros(mask, shown):
+    model = MaskableEpisodicA2C("MlpPolicy", _MasksOf(gym.make("CartPole-v1"), mask))
+    with pytest.raises(ValueError, match=f"environment 0 returned {shown}.*return booleans"):
+        model.learn(10)
+
+
+@pytest.mark.parametrize("mask", [[1, 0], [1.0, 0.0], [True, False], np.array([[1, 0]], dtype=np.int8)])
+def test_takes_ones_and_zeros(mask):
+    env = DummyVecEnv([lambda: Monitor(_MasksOf(gym.make("CartPole-v1"), mask))])
+    model = MaskableEpisodicA2C("MlpPolicy", env, seed=0).learn(50)
+    assert not model.rollout_buffer.actions.any()
 
 
 @pytest.mark.parametrize(
@@ -325,9 +359,17 @@ def test_cnn_policy():
             super()._observe()
             return self.rng.integers(0, 256, (36, 36, 1), dtype=np.uint8)
 
+    class ImageCheck(LogProbCheck):
+        @staticmethod
+        def _id(observations: np.ndarray) -> np.ndarray:
+            # With the channels last or, in the buffer, first, which are the same bytes for one channel
+            return observations.reshape(*observations.shape[:-3], 36 * 36)
+
     env = DummyVecEnv([Images])
-    MaskableEpisodicA2C("CnnPolicy", env).learn(60)
+    check = ImageCheck()
+    MaskableEpisodicA2C("CnnPolicy", env, learning_rate=0.0).learn(60, callback=check)
     assert env.get_attr("n_invalid_actions") == [0]
+    assert check.n_compared > 30
 
 
 # ---------------------------------------------------------------------- learning
