@@ -197,6 +197,8 @@ def test_bench_measures_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFi
     assert case["train_fraction"]["VecEnv"] == [0, 0]
     assert all(0 <= fraction < 1 for fraction in case["train_fraction"]["EpisodicA2C"])
     assert len(case["train_fraction"]["EpisodicA2C"]) == 2
+    assert set(case["env_fraction"]) == {"EpisodicA2C", "A2C", "PPO"}
+    assert all(0 < fraction < 1 for fraction in case["env_fraction"].values())
     assert len([line for line in output.splitlines() if line.startswith("| CartPole-v1 | 2 |")]) == 4
     assert main(["bench", "--repeats", "0"]) == 1
     assert "`--repeats` is 0" in capsys.readouterr().err
@@ -211,4 +213,7 @@ def test_what_else_bench_measures() -> None:
     assert set(seconds) == {"RecurrentEpisodicA2C", "RecurrentPPO, batch_size=128", "RecurrentPPO, one batch"}
     assert min(seconds.values()) > 0
     assert benchmark.image_update_memory(20, batch_size=8) >= 0
-    assert benchmark.peak_memory("EpisodicA2C", benchmark.IMAGE_ENV, 1, 20) >= 0
+    # What this process has used before is not counted
+    hoard = np.ones(2**27, dtype=np.uint8)
+    assert benchmark.in_fresh_process(benchmark.peak_memory, "EpisodicA2C", benchmark.IMAGE_ENV, 1, 20) > 1
+    assert hoard.all()

@@ -100,6 +100,8 @@ class Case:
     """Candidate: one figure a turn."""
     train_fraction: dict[str, list[float]] = field(default_factory=dict)
     """Candidate: share of the time that went into updates, one figure a turn."""
+    env_fraction: dict[str, float] = field(default_factory=dict)
+    """Algorithm: share of its time that the VecEnv took, whose steps may cost more or less than under random actions."""
     peak_mib: dict[str, float] = field(default_factory=dict)
     """Candidate: memory that a fresh process needed for environments, model and training, beyond its imports."""
 
@@ -157,6 +159,28 @@ class Learner:
         self.is_started = True
         return self.model.num_timesteps - before
 
+    def env_fraction(self, n_steps: int) -> float:
+        """
+        :param n_steps: Env steps of a turn of its own, as watching takes time too
+        :return: Share of its time that went into ``VecEnv.step``
+        """
+        env: Any = self.model.env
+        step, seconds = env.step, 0.0
+
+        def watched_step(actions: np.ndarray) -> Any:
+            nonlocal seconds
+            start = time.perf_counter()
+            result = step(actions)
+            seconds += time.perf_counter() - start
+            return result
+
+        env.step = watched_step
+        start = time.perf_counter()
+        self.run(n_steps)
+        elapsed = time.perf_counter() - start
+        del env.step
+        return seconds / elapsed
+
 
 class RandomPlayer:
     """The bare VecEnv under random actions, drawn beforehand."""
@@ -202,7 +226,9 @@ def measure(env_id: str, n_envs: int, candidates: list[str], repeats: int, secon
             elapsed = time.perf_counter() - start
             case.steps_per_second.setdefault(name, []).append(done / elapsed)
             case.train_fraction.setdefault(name, []).append(player.train_seconds / elapsed)
-    for player in players.values():
+    for name, player in players.items():
+        if isinstance(player, Learner):
+            case.env_fraction[name] = player.env_fraction(n_steps[name])
         player.env.close()
     return case
 
@@ -214,6 +240,11 @@ def in_fresh_process(function: Callable[..., float], *arguments: Any) -> float:
 
 
 def _peak_mib() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():
+        # On Linux, what `getrusage` says begins with the memory of the process that this one was started from
+        (kib,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(kib) / 2**10
     # Not on Windows: there, --no-memory --no-extra
     import resource
 
@@ -349,6 +380,7 @@ def describe(case: Case) -> list[str]:
             else:
                 cells.append("-")
         cells.append(f"{100 * statistics.median(case.train_fraction[name]):.0f}%" if name != CEILING else "-")
+        cells.append(f"{100 * case.env_fraction[name]:.0f}%" if name in case.env_fraction else "-")
         cells.append(f"{case.peak_mib[name]:.0f}" if name in case.peak_mib else "-")
         rows.append(" | ".join(cells))
     return rows
@@ -358,7 +390,8 @@ def _spread(values: list[float], template: str) -> str:
     return f"({template.format(min(values))}-{template.format(max(values))})"
 
 
-HEADER = "| environment | n_envs | candidate | env steps/s | (min-max) | times A2C | share of VecEnv | in updates | peak MiB |"
+COLUMNS = ("environment", "n_envs", "candidate", "env steps/s", "(min-max)", "times A2C", "share of VecEnv")
+COLUMNS += ("in updates", "in VecEnv", "peak MiB")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -393,8 +426,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"Medians over {arguments.repeats} turns; ratios are taken within a turn\n")
     if IMAGE_ENV in arguments.env and max(arguments.n_envs) > MAX_IMAGE_ENVS:
         print(f"{IMAGE_ENV}: at most {MAX_IMAGE_ENVS} copies\n")
-    print(HEADER)
-    print("|" + "---|" * (HEADER.count("|") - 1))
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("|" + "---|" * len(COLUMNS))
 
     def show(case: Case) -> None:
         for row in describe(case):
