@@ -390,8 +390,10 @@ def _spread(values: list[float], template: str) -> str:
     return f"({template.format(min(values))}-{template.format(max(values))})"
 
 
-COLUMNS = ("environment", "n_envs", "candidate", "env steps/s", "(min-max)", "times A2C", "share of VecEnv")
-COLUMNS += ("in updates", "in VecEnv", "peak MiB")
+COLUMNS = (
+    *("environment", "n_envs", "candidate", "env steps/s", "(min-max)"),
+    *("times A2C", "share of VecEnv", "in updates", "in VecEnv", "peak MiB"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
