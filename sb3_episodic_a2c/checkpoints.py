@@ -65,6 +65,10 @@ def _warn_of_fresh_episodes(reason: str) -> None:
     )
 
 
+def _with_suffix(path: Path) -> Path:
+    return path if path.suffix else Path(f"{path}.zip")
+
+
 def _write(model: EpisodicA2C, path: Path) -> str | None:
     """Write a checkpoint. Returns why the environments are not part of it, or None if they are."""
     vec_normalize = model.get_vec_normalize_env()
@@ -82,7 +86,7 @@ def _write(model: EpisodicA2C, path: Path) -> str | None:
             # Whatever the pickling of somebody's environment may raise
             reason = f"{type(error).__name__}: {error}"
     try:
-        with atomic_write(path if path.suffix else Path(f"{path}.zip")) as file:
+        with atomic_write(_with_suffix(path)) as file:
             model.save(file)  # type: ignore[arg-type]  # BinaryIO is one for all that SB3 does
             with zipfile.ZipFile(file, mode="a") as archive:
                 archive.writestr(TRAINING_MEMBER, _pickle(training, model.device))
@@ -108,7 +112,7 @@ def load_checkpoint(
 
     Loading executes code from the file, as all unpickling does: load none that you do not trust.
 
-    :param path: The file
+    :param path: The file, with or without its ``.zip``
     :param env: Environments to go on with instead of those in the checkpoint. They get its ``VecNormalize`` statistics, and
         start with fresh episodes
     :param device: Device on which the model should be
@@ -117,6 +121,8 @@ def load_checkpoint(
     :raises ValueError: The file is damaged or no checkpoint, or the spaces of ``env`` are not those of the model
     """
     path = Path(path)
+    if not path.exists():
+        path = _with_suffix(path)
     members = _read(path)
     device = get_device(device)
     training = _unpickle(members[TRAINING_MEMBER], device)
@@ -166,7 +172,11 @@ def _read(path: Path) -> dict[str, bytes]:
                 raise zipfile.BadZipFile(f"{damaged} does not agree with its checksum")
             names = set(archive.namelist())
             members = {name: archive.read(name) for name in (TRAINING_MEMBER, EPISODES_MEMBER) if name in names}
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except OSError:
+        # It is missing, or may not be read
+        raise
+    except Exception as error:
+        # A wrong bit beside the members makes them, say, compressed or encrypted, which fails in a way of its own each
         raise ValueError(
             f"{path} is damaged: {error}. `resume` finds the newest checkpoint of a folder that is not."
         ) from error
@@ -339,11 +349,15 @@ class _Pickler(cloudpickle.Pickler):
     def __init__(self, file: io.BytesIO, device: th.device) -> None:
         super().__init__(file)
         self._device = device
+        self._arrays: dict[int, tuple[th.Tensor, np.ndarray]] = {}
 
     def persistent_id(self, obj: Any) -> Any:
-        if type(obj) is th.Tensor and obj.device.type == self._device.type and not obj.requires_grad:
-            return obj.detach().cpu().numpy()
-        return None
+        if type(obj) is not th.Tensor or obj.device.type != self._device.type or obj.requires_grad:
+            return None
+        if id(obj) not in self._arrays:
+            # A tensor of two names must stay one. It is kept, so that no other gets its id
+            self._arrays[id(obj)] = obj, obj.detach().cpu().numpy()
+        return self._arrays[id(obj)][1]
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, SubprocVecEnv):
@@ -362,9 +376,12 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, device: th.device) -> None:
         super().__init__(file)
         self._device = device
+        self._tensors: dict[int, tuple[np.ndarray, th.Tensor]] = {}
 
     def persistent_load(self, pid: np.ndarray) -> th.Tensor:
-        return th.from_numpy(pid).to(self._device)
+        if id(pid) not in self._tensors:
+            self._tensors[id(pid)] = pid, th.from_numpy(pid).to(self._device)
+        return self._tensors[id(pid)][1]
 
 
 def _pickle(state: Any, device: th.device) -> bytes:

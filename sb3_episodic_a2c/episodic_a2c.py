@@ -2,10 +2,11 @@
 
 import copy
 import io
+import math
 import pathlib
 import warnings
 from collections.abc import Iterable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 import torch as th
@@ -33,6 +34,7 @@ from sb3_episodic_a2c.faults import (
     find_dead_workers,
     find_environment,
     find_not_finite,
+    has_finite_numbers,
     restore_statistics,
     resynchronize,
     statistics_of,
@@ -474,6 +476,8 @@ class EpisodicA2C(OnPolicyAlgorithm):
             else:
                 observations = np.stack(terminal_observations)
             values = self._predict_terminal_values(observations, truncated).astype(np.float64)
+            # To tanh, infinity is a number like any other
+            values[~has_finite_numbers(observations)] = np.nan
             if self.return_statistics.count > 0:
                 values = unstandardize(values, self.return_statistics.mean, self.return_statistics.std)
             terminal_values[is_truncated] = values
@@ -534,8 +538,6 @@ class EpisodicA2C(OnPolicyAlgorithm):
 
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        # Update optimizer learning rate
-        self._update_learning_rate(self.policy.optimizer)
 
         if self._before_update is not None:
             # Batch norm takes note of every pass
@@ -600,20 +602,31 @@ class EpisodicA2C(OnPolicyAlgorithm):
         # As `th.nn.utils.get_total_norm`, for parameters that are all on one device
         norm = th.linalg.vector_norm(th.cat([parameter.grad.flatten() for parameter in parameters]))  # type: ignore[union-attr]
         if not th.isfinite(norm):
-            self.policy.optimizer.zero_grad()
-            self._undo_standardization()
-            raise ValueError(
-                f"The gradient of update {self._n_updates + 1} is not finite (norm {norm.item()}), so the update was not "
-                "made and the parameters are as they were. Lower `learning_rate`, set `max_grad_norm`, or look for extreme "
-                "observations and rewards with stable_baselines3.common.vec_env.VecCheckNan."
+            self._refuse_update(
+                f"The gradient of update {self._n_updates + 1} is not finite (norm {norm.item()})",
+                "Lower `learning_rate`, set `max_grad_norm`, or look for extreme observations and rewards with "
+                "stable_baselines3.common.vec_env.VecCheckNan.",
+            )
+        learning_rate = self.lr_schedule(self._current_progress_remaining)
+        if not math.isfinite(learning_rate):
+            self._refuse_update(
+                f"The learning rate of update {self._n_updates + 1} is {learning_rate}",
+                f"Mend the function `learning_rate`. The progress remaining was {self._current_progress_remaining}.",
             )
         if self.max_grad_norm is not None:
             th.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         with uninterrupted():
-            # First: were the step to fail half-way, what was before it would not fit to the rest
+            self._update_learning_rate(self.policy.optimizer)
+            # Before the step: were it to fail half-way, what was before it would not fit to the rest
             self._before_update = None
             self.policy.optimizer.step()
             self._n_updates += 1
+
+    def _refuse_update(self, reason: str, remedy: str) -> NoReturn:
+        """The update is not made: what was changed for it is put back."""
+        self.policy.optimizer.zero_grad()
+        self._undo_standardization()
+        raise ValueError(f"{reason}, so the update was not made and the parameters are as they were. {remedy}")
 
     def _undo_standardization(self) -> None:
         """The update that the statistics were moved for is not made: put them back, and what has followed in the policy."""
@@ -626,6 +639,11 @@ class EpisodicA2C(OnPolicyAlgorithm):
         self._before_update = None
 
     # ------------------------------------------------------------------ learning
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last step of several environments may go beyond the budget. Not every function of it knows numbers below 0
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _setup_learn(
         self,

@@ -73,6 +73,15 @@ def _base_env(env: VecEnv) -> VecEnv:
 # ---------------------------------------------------------------------- numbers
 
 
+def has_finite_numbers(observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+    """
+    :param observations: ``(n, *obs_shape)``, or a dict of such arrays
+    :return: ``(n,)`` whether all numbers of an observation are finite
+    """
+    arrays = observations.values() if isinstance(observations, dict) else [observations]
+    return np.logical_and.reduce([np.isfinite(array).reshape(len(array), -1).all(axis=1) for array in arrays])
+
+
 def find_not_finite(
     observations: np.ndarray | dict[str, np.ndarray], steps: np.ndarray, parameters: Iterable[tuple[str, th.Tensor]]
 ) -> str | None:
@@ -85,7 +94,7 @@ def find_not_finite(
     :return: Which environment, or which parameter, is to blame; None if all numbers are finite
     """
     for name, array in observations.items() if isinstance(observations, dict) else [("observation", observations)]:
-        is_finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+        is_finite = has_finite_numbers(array)
         if not is_finite.all():
             index = int(is_finite.argmin())
             return (

@@ -176,7 +176,8 @@ def test_between_two_calls_of_learn(setting: str, partial_episodes: str, tmp_pat
     save_checkpoint(model, tmp_path / "checkpoint")
     model.learn(300, reset_num_timesteps=False)
     expected = state_of(model)
-    resumed = load_checkpoint(tmp_path / "checkpoint.zip", device="cpu")
+    # The suffix may be left out there too
+    resumed = load_checkpoint(tmp_path / "checkpoint", device="cpu")
     resumed.learn(300, reset_num_timesteps=False)
     assert_same(state_of(resumed), expected)
     if setting == "normalized":
@@ -380,6 +381,23 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def flip_in_directory(path: Path, offset: int, mask: int) -> None:
+    """Behind the members, where the zip says what they are."""
+    with zipfile.ZipFile(path) as archive:
+        start = archive.start_dir
+    data = bytearray(path.read_bytes())
+    data[start + offset] ^= mask
+    path.write_bytes(bytes(data))
+
+
+def pretend_encryption(path: Path) -> None:
+    flip_in_directory(path, 8, 1)
+
+
+def pretend_compression(path: Path) -> None:
+    flip_in_directory(path, 10, zipfile.ZIP_DEFLATED)
+
+
 def empty(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -392,7 +410,7 @@ def put_another_zip_there(path: Path) -> None:
 DAMAGES = [truncate, flip_a_bit, empty, put_another_zip_there]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [*DAMAGES, pretend_encryption, pretend_compression])
 def test_a_damaged_checkpoint_costs_one_checkpoint(damage: Callable[[Path], None], tmp_path: Path) -> None:
     assert resume(tmp_path / "missing") is None
     model = make_model("plain", 1)
@@ -435,7 +453,7 @@ def test_tensors_of_an_environment_are_part_of_the_checkpoint(tmp_path: Path) ->
     class TensorEnv(TargetEnv):
         def __init__(self) -> None:
             super().__init__()
-            self.tensor = th.arange(3.0)
+            self.tensor = self.same_tensor = th.arange(3.0)
 
         def step(self, action: Any) -> Any:
             self.tensor += 1
@@ -444,4 +462,6 @@ def test_tensors_of_an_environment_are_part_of_the_checkpoint(tmp_path: Path) ->
     model = EpisodicA2C("MlpPolicy", DummyVecEnv([lambda: Monitor(TensorEnv())]), device="cpu").learn(17)
     save_checkpoint(model, tmp_path / "checkpoint.zip")
     resumed = load_checkpoint(tmp_path / "checkpoint.zip", device="cpu")
-    assert resumed.env.get_attr("tensor")[0].tolist() == [17.0, 18.0, 19.0]
+    (tensor,) = resumed.env.get_attr("tensor")
+    assert tensor.tolist() == [17.0, 18.0, 19.0]
+    assert resumed.env.get_attr("same_tensor")[0] is tensor

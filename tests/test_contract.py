@@ -1153,6 +1153,19 @@ def test_learning_rate_schedule(algorithm):
     assert model.logger.name_to_value["train/learning_rate"] == 0.0
 
 
+def test_progress_remaining_never_falls_below_zero(algorithm):
+    """The last step of several environments goes beyond the budget, and a root, say, knows no numbers below 0."""
+    progress: list[float] = []
+
+    def learning_rate(progress_remaining: float) -> float:
+        progress.append(progress_remaining)
+        return 0.1 * progress_remaining**0.5
+
+    model = make_model(algorithm, counting(3), learning_rate=learning_rate).learn(13)
+    assert (model.num_timesteps, model._n_updates) == (15, 1)
+    assert progress[-1] == min(progress) == 0.0
+
+
 @pytest.mark.parametrize("observation", ["box", "image", "dict"])
 @pytest.mark.parametrize("use_sde", [False, True])
 def test_policy_kwargs_are_never_written_to(algorithm, observation, use_sde, tmp_path):

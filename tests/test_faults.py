@@ -566,8 +566,11 @@ def test_an_observation_of_a_reset_that_is_not_finite(algorithm: type[EpisodicA2
 
 
 @for_all
-@pytest.mark.parametrize("number", [np.nan, np.inf])
-def test_a_last_observation_that_is_not_finite(algorithm: type[EpisodicA2C], number: float, tmp_path: Path) -> None:
+# Of a single infinity tanh makes a value like any other
+@pytest.mark.parametrize("numbers", [np.nan, np.inf, np.array([1.0, np.inf, 1.0], np.float32)])
+def test_a_last_observation_that_is_not_finite(
+    algorithm: type[EpisodicA2C], numbers: float | np.ndarray, tmp_path: Path
+) -> None:
     """Nobody acts on it, but after a time limit its value counts."""
 
     class NotFiniteAtTheEnd(TargetEnv):
@@ -576,7 +579,7 @@ def test_a_last_observation_that_is_not_finite(algorithm: type[EpisodicA2C], num
         def step(self, action: Any) -> Any:
             self.n_life_steps += 1
             observation, *rest = super().step(action)
-            return observation * (number if self.n_life_steps == 20 else 1.0), *rest
+            return observation * (numbers if self.n_life_steps == 20 else 1.0), *rest
 
     policy, policy_kwargs = arguments_of(algorithm, "MlpPolicy", {"net_arch": [8]})
     env = DummyVecEnv([lambda: TargetEnv(truncates=True), lambda: NotFiniteAtTheEnd(truncates=True)])
@@ -659,6 +662,29 @@ def test_a_loss_that_is_not_finite(algorithm: type[EpisodicA2C], tmp_path: Path)
         model.learn(1_000, callback=last_update)
     hook.remove()
     assert_usable(model, last_update, tmp_path)
+
+
+@for_all
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_learning_rate_that_is_not_finite(algorithm: type[EpisodicA2C], number: float, tmp_path: Path) -> None:
+    """One step with it, and no parameter would be."""
+    model = fragile_model(algorithm)
+    last_update = LastUpdate()
+    model.lr_schedule = lambda progress_remaining: number if model._n_updates == 3 else 1e-3 * progress_remaining
+    with pytest.raises(ValueError, match=rf"learning rate of update 4 is {number}, so.*progress remaining was 0\.\d"):
+        model.learn(1_000, callback=last_update)
+    model.lr_schedule = lambda _: 1e-3
+    assert_usable(model, last_update, tmp_path)
+
+
+def test_a_refused_update_leaves_the_learning_rate_as_it_was() -> None:
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", learning_rate=lambda progress: 3e-3 * progress, device="cpu", seed=0)
+    model.learn(200)
+    before = trained_state(model)
+    model.policy.value_net.weight.register_hook(lambda gradient: gradient * np.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        model.learn(200)
+    assert_same(trained_state(model), before)
 
 
 # ---------------------------------------------------------------------- disk
