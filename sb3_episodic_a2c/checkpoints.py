@@ -165,21 +165,20 @@ def _read(path: Path) -> dict[str, bytes]:
 
     :raises ValueError: The file is damaged, or no checkpoint
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            if damaged is not None:
-                raise zipfile.BadZipFile(f"{damaged} does not agree with its checksum")
-            names = set(archive.namelist())
-            members = {name: archive.read(name) for name in (TRAINING_MEMBER, EPISODES_MEMBER) if name in names}
-    except OSError:
-        # It is missing, or may not be read
-        raise
-    except Exception as error:
-        # A wrong bit beside the members makes them, say, compressed or encrypted, which fails in a way of its own each
-        raise ValueError(
-            f"{path} is damaged: {error}. `resume` finds the newest checkpoint of a folder that is not."
-        ) from error
+    # What this raises is no damage: the file is missing, or may not be read
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+                if damaged is not None:
+                    raise zipfile.BadZipFile(f"{damaged} does not agree with its checksum")
+                names = set(archive.namelist())
+                members = {name: archive.read(name) for name in (TRAINING_MEMBER, EPISODES_MEMBER) if name in names}
+        except Exception as error:
+            # A wrong bit beside the members makes them, say, compressed or encrypted, which fails in a way of its own each
+            raise ValueError(
+                f"{path} is damaged: {error}. `resume` finds the newest checkpoint of a folder that is not."
+            ) from error
     if TRAINING_MEMBER not in members:
         raise ValueError(
             f"{path} is no checkpoint: `save_checkpoint` or ResumableCheckpointCallback write them. "

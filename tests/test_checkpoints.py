@@ -398,6 +398,14 @@ def pretend_compression(path: Path) -> None:
     flip_in_directory(path, 10, zipfile.ZIP_DEFLATED)
 
 
+def misplace_directory(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    # Where the last record says that it begins. The first member is then sought before the beginning of the file
+    start = int.from_bytes(data[-6:-2], "little")
+    data[-6:-2] = (start + 8).to_bytes(4, "little")
+    path.write_bytes(bytes(data))
+
+
 def empty(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -410,7 +418,7 @@ def put_another_zip_there(path: Path) -> None:
 DAMAGES = [truncate, flip_a_bit, empty, put_another_zip_there]
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, pretend_encryption, pretend_compression])
+@pytest.mark.parametrize("damage", [*DAMAGES, pretend_encryption, pretend_compression, misplace_directory])
 def test_a_damaged_checkpoint_costs_one_checkpoint(damage: Callable[[Path], None], tmp_path: Path) -> None:
     assert resume(tmp_path / "missing") is None
     model = make_model("plain", 1)
