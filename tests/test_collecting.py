@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
+from torch import nn
 
 from sb3_episodic_a2c import EpisodicA2C, EpisodicRolloutBuffer, MaskableEpisodicA2C, RecurrentEpisodicA2C
 from sb3_episodic_a2c.callbacks import StopTrainingOnSolved
@@ -559,6 +561,42 @@ def test_gradients_with_a_batch_size_equal_those_of_one_batch(policy: str, make_
             scale = whole.abs().max().item()
             assert scale > 0
             th.testing.assert_close(gradient, whole, rtol=1e-4, atol=1e-5 * scale)
+
+
+class BatchNormExtractor(FlattenExtractor):
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space)
+        self.flatten = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(self.features_dim))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "batch_size", "policy_kwargs", "expected"),
+    [
+        (10_000, None, {}, [100, 100, 50]),
+        (10_000, 1_000, {}, [100, 100, 50]),
+        (10_000, 70, {}, [70, 70, 70, 40]),
+        (200, None, {}, [66, 66, 66, 52]),
+        (2, 70, {}, [1] * 250),
+        # To batch norm it matters what else is in the batch
+        (10_000, None, {"features_extractor_class": BatchNormExtractor}, [250]),
+        (10_000, 150, {"features_extractor_class": BatchNormExtractor}, [150, 100]),
+    ],
+)
+def test_passes_on_the_cpu(
+    numbers: int, batch_size: int | None, policy_kwargs: dict, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sb3_episodic_a2c.episodic_a2c.CPU_PASS_SIZE", 100)
+    monkeypatch.setattr("sb3_episodic_a2c.episodic_a2c.CPU_PASS_NUMBERS", numbers)
+    sizes: list[int] = []
+
+    class Recording(EpisodicA2C):
+        def _evaluate_actions(self, samples: EpisodicRolloutBufferSamples) -> Any:
+            sizes.append(len(samples.actions))
+            return super()._evaluate_actions(samples)
+
+    env = LengthsEnv(itertools.repeat(250))
+    Recording("MlpPolicy", env, batch_size=batch_size, policy_kwargs=policy_kwargs, device="cpu", seed=0).learn(250)
+    assert sizes == expected
 
 
 class StopAtFirstUpdate(BaseCallback):
