@@ -522,6 +522,17 @@ def test_plan_takes_turns_and_the_smallest_budget(tmp_path: Path) -> None:
     assert "0 to 9 (CartPole-v1); 0 to 2 (Pendulum-v1)" in note
 
 
+def test_environments_that_the_zoo_adds(tmp_path: Path) -> None:
+    """In a process of its own: in this one, other tests may have had them registered."""
+    code = (
+        "import sys; from sb3_episodic_a2c.tools.compare import plan_cells; "
+        "cells = plan_cells(['CartPoleNoVel-v1'], ['episodic_a2c_lstm', 'ppo_lstm'], seeds=1, output=sys.argv[1]); "
+        "print([cell.hyperparams['policy'] for cell in cells])"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert result.stdout.splitlines()[-1:] == ["['MlpLstmPolicy', 'MlpLstmPolicy']"], result.stderr
+
+
 def test_matched_a2c_is_a_row_of_its_own(tmp_path: Path) -> None:
     algorithms = ["episodic_a2c", "a2c", "a2c-matched"]
     cells = plan_cells(["Acrobot-v1", "CartPole-v1"], algorithms, seeds=1, output=tmp_path)

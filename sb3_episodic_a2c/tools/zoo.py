@@ -66,13 +66,15 @@ def config_path(name: str) -> Path:
 
 def register() -> None:
     """
-    Make RL Zoo know our algorithms, their samplers and their converters. Calling it again changes nothing.
+    Make RL Zoo know our algorithms, their samplers and their converters, and Gymnasium the environments that the Zoo adds.
+    Calling it again changes nothing.
 
     Call it in every process that uses them, before the Zoo parses arguments. Hyperparameters are still read from the file that
     the Zoo is told: ``config=str(config_path("episodic_a2c"))``.
 
     :raises ImportError: RL Zoo is not installed
     """
+    import rl_zoo3.import_envs  # noqa: F401  # such as CartPoleNoVel-v1, and those of packages that are installed
     from rl_zoo3 import ALGOS
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
