@@ -109,12 +109,13 @@ class TorchActor:
         policy: Any = self.policy
         tensor = obs_as_tensor(observations, policy.device)
         with th.inference_mode():
-            if type(policy).forward in (ActorCriticPolicy.forward, MaskableActorCriticPolicy.forward):
+            base = ActorCriticPolicy if isinstance(policy, ActorCriticPolicy) else MaskableActorCriticPolicy
+            if overridden_methods(policy, base, ("forward", "extract_features")):
+                # Somebody samples in a way of his own, or extracts features so, which `get_distribution` leaves out
+                actions = policy(tensor, **inputs)[0]
+            else:
                 # Its actor alone
                 actions = policy.get_distribution(tensor, **inputs).get_actions()
-            else:
-                # Somebody samples in a way of his own
-                actions = policy(tensor, **inputs)[0]
             return check_finite(actions.reshape(-1, *policy.action_space.shape).cpu().numpy())
 
 
@@ -328,7 +329,7 @@ def reason_against_numpy(policy: ActorCriticPolicy) -> str | None:
     :param policy: The policy to sample from
     :return: Why :class:`NumpyActor` would not do what the policy does; None if it would
     """
-    methods = ("forward", "get_distribution", "_get_action_dist_from_latent")
+    methods = ("forward", "extract_features", "get_distribution", "_get_action_dist_from_latent")
     for base in (ActorCriticPolicy, MaskableActorCriticPolicy):
         # Somebody who overrides one of these has another distribution in mind
         if isinstance(policy, base) and not overridden_methods(type(policy), base, methods):

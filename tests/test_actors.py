@@ -355,6 +355,38 @@ def test_actions_come_from_the_policys_own_way_of_sampling() -> None:
     assert np.abs(model.rollout_buffer.actions).max() <= 1
 
 
+class OwnFeatures(ActorCriticPolicy):
+    """SB3's `forward` and `evaluate_actions` call this method, its `get_distribution` does not."""
+
+    def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
+        return -super().extract_features(obs, features_extractor)
+
+
+def test_actions_come_from_the_features_that_training_sees() -> None:
+    model = EpisodicA2C(OwnFeatures, "CartPole-v1", device="cpu", seed=0)
+    policy = model.policy
+    assert "a way of its own" in (reason_against_numpy(policy) or "")
+    with th.no_grad():
+        policy.action_net.weight.mul_(1_000)
+    observations = np.array([[0.5, -1.0, 0.3, 1.0]], np.float32)
+    _, log_prob, _ = policy.evaluate_actions(th.as_tensor(observations), th.zeros(1))
+    expected = log_prob.exp().item()
+    # With the features as they are, the other action is the likely one
+    _, plain_log_prob, _ = policy.evaluate_actions(th.as_tensor(-observations), th.zeros(1))
+    assert abs(plain_log_prob.exp().item() - expected) > 0.5
+    actions = [int(model._sample_actions(observations, {})[0]) for _ in range(500)]
+    assert abs(actions.count(0) / 500 - expected) < 0.1
+
+
+@pytest.mark.parametrize("name", ["forward", "extract_features"])
+def test_a_method_that_was_put_on_the_policy_is_called(name: str) -> None:
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", device="cpu")
+    method, calls = getattr(model.policy, name), []
+    setattr(model.policy, name, lambda *args, **kwargs: calls.append(1) or method(*args, **kwargs))
+    model.learn(100)
+    assert len(calls) >= 100
+
+
 class OwnExtractor(FlattenExtractor):
     def forward(self, observations: th.Tensor) -> th.Tensor:
         return super().forward(observations) ** 2

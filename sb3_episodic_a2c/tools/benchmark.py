@@ -453,7 +453,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(", ".join(f"{name}: {1e3 * seconds:.1f}" for name, seconds in report["recurrent_update_seconds"].items()))
         report["image_update_mib"] = {
             f"{length} steps, batch_size={batch_size}": in_fresh_process(image_update_memory, length, batch_size)
-            for length, batch_size in ((2_000, 1_024), (20_000, 1_024), (2_000, None))
+            for length, batch_size in ((2_000, 64), (20_000, 64), (2_000, None))
         }
         print("\nMiB that the update of one episode of 84x84x4 images needs above the stored episode:")
         print(", ".join(f"{case}: {mib:.0f}" for case, mib in report["image_update_mib"].items()))
