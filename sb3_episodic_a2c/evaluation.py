@@ -97,7 +97,7 @@ def find_plain_networks(policy: ActorCriticPolicy) -> PlainNetworks | None:
     :return: Its networks, if there is no more to ``policy.evaluate_actions`` than what :func:`evaluate_actions` does with them
     """
     if (
-        overridden_methods(policy, ActorCriticPolicy, ("evaluate_actions", "extract_features"))
+        overridden_methods(policy, ActorCriticPolicy, ("evaluate_actions",))
         or type(policy.action_dist) not in (CategoricalDistribution, DiagGaussianDistribution)
         # Those of actor and critic may have been replaced, `features_extractor` alone too
         or not policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
