@@ -30,6 +30,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_episodic_a2c
 from sb3_episodic_a2c import EpisodicA2C, RecurrentEpisodicA2C
+from sb3_episodic_a2c.tools.record import NOT_RENDERED
 
 IMAGE_ENV = "images-84x84x4"
 DEFAULT_ENVS = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "LunarLander-v3", IMAGE_ENV)
@@ -116,7 +117,9 @@ def make_env(env_id: str, n_envs: int) -> VecEnv:
     :param n_envs: Number of copies, in one process
     :return: A DummyVecEnv
     """
-    return make_vec_env(ImageEnv if env_id == IMAGE_ENV else env_id, n_envs=n_envs, seed=0)
+    if env_id == IMAGE_ENV:
+        return make_vec_env(ImageEnv, n_envs, seed=0)
+    return make_vec_env(env_id, n_envs, seed=0, env_kwargs=NOT_RENDERED)
 
 
 def make_model(name: str, env: VecEnv) -> BaseAlgorithm:

@@ -16,6 +16,10 @@ import sb3_episodic_a2c
 DEFAULT_FPS = 30.0
 """For environments that name no ``render_fps``."""
 
+NOT_RENDERED: dict[str, Any] = {"render_mode": None}
+"""``env_kwargs`` of ``make_vec_env`` where nobody looks at the environments. Without them SB3 asks for images, and then
+LunarLander adds a particle to its physics at every thrust, which only ``render`` removes: long episodes get ten times slower."""
+
 
 def play_episodes(
     model: BaseAlgorithm, env: VecEnv, n_episodes: int = 1, max_steps: int | None = None, deterministic: bool = True
