@@ -55,10 +55,11 @@ class Actor(Protocol):
     name: ClassVar[str]
     policy: ActorCriticPolicy
 
-    def refresh(self) -> bool:
+    def refresh(self, reason: str | None) -> bool:
         """
         Look at the policy again: called before every rollout.
 
+        :param reason: What :func:`reason_against_numpy` says of it
         :return: Whether this actor can still do what the policy does
         """
 
@@ -100,7 +101,7 @@ class TorchActor:
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self.policy = policy
 
-    def refresh(self) -> bool:
+    def refresh(self, reason: str | None) -> bool:
         """Nothing to do: the policy itself is run."""
         return True
 
@@ -142,9 +143,9 @@ class NumpyActor:
         # All else follows from these, and belongs to the memory of this process
         return NumpyActor, (self.policy, self.rng)
 
-    def refresh(self) -> bool:
+    def refresh(self, reason: str | None) -> bool:
         """Look at the modules of the policy again, which may be others by now, or no longer what NumPy can do."""
-        if _reason_against_layers(self.policy) is not None:
+        if reason is not None:
             return False
         self._view_parameters()
         return True
@@ -168,7 +169,8 @@ class NumpyActor:
         self._layers = _numpy_layers(modules[:-1])
         (self._action_net,) = _numpy_layers(modules[-1:])
         self._starts_with_activation = not isinstance(modules[0], nn.Linear)
-        self._log_std = None if log_std is None else _to_numpy(log_std)
+        # Of as many dimensions as a batch of actions: NumPy is twice as slow where these differ
+        self._log_std = None if log_std is None else _to_numpy(log_std)[None]
         self._sample, self._draw = self._make_sampler()
         self._is_continuous = isinstance(self.policy.action_space, spaces.Box)
         # Noise that was drawn ahead is dropped, so that a rollout depends on the generator's state at its start only

@@ -23,10 +23,10 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 from torch import nn
 
-from sb3_episodic_a2c.actors import ActorChoice, make_actor
+from sb3_episodic_a2c.actors import ActorChoice, make_actor, reason_against_numpy
 from sb3_episodic_a2c.buffers import EpisodicRolloutBuffer
 from sb3_episodic_a2c.checks import PartialEpisodes, check_arguments, check_spaces
-from sb3_episodic_a2c.evaluation import evaluate_actions, find_plain_networks
+from sb3_episodic_a2c.evaluation import evaluate_actions, find_plain_networks, predict_values
 from sb3_episodic_a2c.faults import (
     NormalizeStatistics,
     add_note,
@@ -260,7 +260,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
         """Those of VecNormalize when the rollout began."""
         self._maybe_recommend_cpu()
         self._setup_actor()
-        self._plain_networks = find_plain_networks(self.policy)
+        self._plain_networks = find_plain_networks(self.policy, reason_against_numpy(self.policy))
 
     def _setup_actor(self) -> None:
         """Choose how actions are sampled. The random numbers of the NumPy actor depend on torch's seed."""
@@ -271,10 +271,15 @@ class EpisodicA2C(OnPolicyAlgorithm):
 
     def _refresh_actor(self) -> None:
         """Take note of what was done to the policy since the last rollout."""
-        if self._actor.policy is not self.policy or not self._actor.refresh():
+        reason = reason_against_numpy(self.policy)
+        if self._actor.policy is not self.policy or not self._actor.refresh(reason):
             # The user has put another one in its place, e.g. one trained by imitation, or changed it
             self._setup_actor()
-        self._plain_networks = find_plain_networks(self.policy)
+        self._plain_networks = find_plain_networks(self.policy, reason)
+
+    def _has_modes(self) -> bool:
+        """Whether the policy may do something else in training, or take note of what it sees, as batch norm does."""
+        return self._plain_networks is None or self._plain_networks.policy is not self.policy
 
     def set_random_seed(self, seed: int | None = None) -> None:
         super().set_random_seed(seed)
@@ -321,8 +326,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
         :param env_indices: ``(n,)`` the environments that they come from
         :return: ``(n,)`` values, in the critic's units
         """
-        with th.no_grad():
-            return self.policy.predict_values(obs_as_tensor(observations, self.device)).flatten().cpu().numpy()
+        return predict_values(self.policy, obs_as_tensor(observations, self.device), self._plain_networks).cpu().numpy()
 
     def _evaluate_actions(self, samples: EpisodicRolloutBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """
@@ -356,8 +360,6 @@ class EpisodicA2C(OnPolicyAlgorithm):
         :param n_rollout_steps: Ignored: nobody knows how long the episodes will be. Named as callbacks know it from SB3
         :return: False if the callback terminated the rollout, which the next call then continues; True otherwise
         """
-        # Switch to eval mode (this affects batch norm / dropout)
-        self.policy.set_training_mode(False)
         self._before_update = None
         n_steps = 0
         n_wanted_episodes = self.n_episodes * env.num_envs
@@ -373,6 +375,9 @@ class EpisodicA2C(OnPolicyAlgorithm):
             self._discard_partial_episodes(env, rollout_buffer)
         rollout_buffer.start_rollout()
         self._refresh_actor()
+        if self._has_modes():
+            # Switch to eval mode (this affects batch norm / dropout)
+            self.policy.set_training_mode(False)
         self._start_rollout(env)
 
         # From here on everything depends on the model, the environments and the random states alone: checkpoints are made here
@@ -450,8 +455,8 @@ class EpisodicA2C(OnPolicyAlgorithm):
         if self.policy.squash_output:
             # Unscale the actions to match env bounds if they were previously squashed (scaled in [-1, 1])
             return self.policy.unscale_action(actions)
-        # A Gaussian is unbounded
-        return actions.clip(self.action_space.low, self.action_space.high)
+        # A Gaussian is unbounded. With as many dimensions as the actions: NumPy is twice as slow where these differ
+        return np.minimum(np.maximum(actions, self.action_space.low[None]), self.action_space.high[None])
 
     def _terminal_values(self, infos: list[dict[str, Any]], env_indices: np.ndarray) -> np.ndarray:
         """
@@ -539,12 +544,12 @@ class EpisodicA2C(OnPolicyAlgorithm):
             # The budget ended before an episode did
             return
 
-        # Switch to train mode (this affects batch norm / dropout)
-        self.policy.set_training_mode(True)
-
-        if self._before_update is not None:
-            # Batch norm takes note of every pass
-            self._before_update[1].extend((buffer, buffer.clone()) for buffer in self.policy.buffers())
+        if self._has_modes():
+            # Switch to train mode (this affects batch norm / dropout)
+            self.policy.set_training_mode(True)
+            if self._before_update is not None:
+                # Batch norm takes note of every pass
+                self._before_update[1].extend((buffer, buffer.clone()) for buffer in self.policy.buffers())
         values, log_probs, losses = [], [], []
         parameters = [parameter for group in self.policy.optimizer.param_groups for parameter in group["params"]]
         for parameter in parameters:

@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import MlpExtractor
+from stable_baselines3.common.type_aliases import TensorDict
 from torch import nn
 
-from sb3_episodic_a2c.actors import overridden_methods, reason_against_numpy
+from sb3_episodic_a2c.actors import overridden_methods
 from sb3_episodic_a2c.type_aliases import EpisodicRolloutBufferSamples
 
 Evaluations = tuple[th.Tensor, th.Tensor, th.Tensor | None]
@@ -37,12 +39,40 @@ def evaluate_actions(
     if networks is None or networks.policy is not policy or samples.policy_inputs:
         values, log_prob, entropy = policy.evaluate_actions(samples.observations, samples.actions, **samples.policy_inputs)
         return values.flatten(), log_prob, entropy
-    assert isinstance(samples.observations, th.Tensor)
-    observations = samples.observations.float().flatten(start_dim=1)
-    # Only now, as they may have been replaced
-    parameters = [parameter for layer in networks.linear_layers for parameter in (layer.weight, layer.bias)]
     log_std = policy._parameters.get("log_std")
-    return _Evaluation.apply(observations, samples.actions, log_std, networks.activations, *parameters)
+    return _Evaluation.apply(
+        _flat(samples.observations), samples.actions, log_std, networks.activations, *_parameters(networks.linear_layers)
+    )
+
+
+def predict_values(
+    policy: ActorCriticPolicy, observations: th.Tensor | TensorDict, networks: "PlainNetworks | None" = None
+) -> th.Tensor:
+    """
+    ``policy.predict_values``, up to rounding, without a gradient.
+
+    :param policy: The policy
+    :param observations: ``(n, *obs_shape)``, or a dict of such tensors
+    :param networks: What :func:`find_plain_networks` found in the policy
+    :return: ``(n,)`` values
+    """
+    with th.no_grad():
+        if networks is None or networks.policy is not policy:
+            return policy.predict_values(observations).flatten()
+        activations = networks.activations[1]
+        critic = networks.linear_layers[-len(activations) - 1 :]
+        return _run(_flat(observations), _parameters(critic), activations)[-1].flatten()
+
+
+def _flat(observations: th.Tensor | TensorDict) -> th.Tensor:
+    """What the first layer of plain networks is given, ``(n, observation size)``."""
+    assert isinstance(observations, th.Tensor)
+    return observations.float().flatten(start_dim=1)
+
+
+def _parameters(linear_layers: list[nn.Linear]) -> list[th.Tensor]:
+    """``weight, bias`` of each layer, looked up only now, as they may have been replaced."""
+    return [parameter for layer in linear_layers for parameter in (layer.weight, layer.bias)]
 
 
 # ---------------------------------------------------------------------- which policies
@@ -61,8 +91,10 @@ class _Activation(NamedTuple):
 
 
 def _tanh(x: th.Tensor) -> th.Tensor:
-    # Twice as fast as torch's, with an absolute error of 2e-7
-    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
+    # NumPy's is as accurate as torch's, and eight times as fast
+    array = x.numpy()
+    np.tanh(array, out=array)
+    return x
 
 
 def _backpropagate_tanh(grad: th.Tensor, output: th.Tensor) -> th.Tensor:
@@ -91,18 +123,20 @@ class PlainNetworks(NamedTuple):
     """Of the actor and of the critic, one fewer than linear layers each."""
 
 
-def find_plain_networks(policy: ActorCriticPolicy) -> PlainNetworks | None:
+def find_plain_networks(policy: ActorCriticPolicy, reason_against_numpy: str | None) -> PlainNetworks | None:
     """
     :param policy: The policy
-    :return: Its networks, if there is no more to ``policy.evaluate_actions`` than what :func:`evaluate_actions` does with them
+    :param reason_against_numpy: What the function of that name says of it: it knows the actor's half, and whose methods were
+        replaced
+    :return: Its networks, if there is no more to ``policy.evaluate_actions`` and ``predict_values`` than what
+        :func:`evaluate_actions` and :func:`predict_values` do with them: that is, neither a mode nor a state nor a hook
     """
     if (
-        overridden_methods(policy, ActorCriticPolicy, ("evaluate_actions",))
+        reason_against_numpy is not None
+        or overridden_methods(policy, ActorCriticPolicy, ("evaluate_actions", "predict_values"))
         or type(policy.action_dist) not in (CategoricalDistribution, DiagGaussianDistribution)
         # Those of actor and critic may have been replaced, `features_extractor` alone too
         or not policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
-        # It knows the actor's half, and whose methods were replaced
-        or reason_against_numpy(policy) is not None
     ):
         return None
     extractor: Any = policy.mlp_extractor

@@ -15,9 +15,14 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_episodic_a2c import EpisodicA2C, SharedMlpPolicy
-from sb3_episodic_a2c.evaluation import ACTIVATIONS, evaluate_actions, find_plain_networks
+from sb3_episodic_a2c.actors import reason_against_numpy
+from sb3_episodic_a2c.evaluation import ACTIVATIONS, PlainNetworks, evaluate_actions, find_plain_networks, predict_values
 from sb3_episodic_a2c.type_aliases import EpisodicRolloutBufferSamples
 from tests.test_actors import BOX, Residual, make_policy
+
+
+def find_plain(policy: Any) -> PlainNetworks | None:
+    return find_plain_networks(policy, reason_against_numpy(policy))
 
 
 def make_samples(policy: Any, n: int, seed: int = 0) -> EpisodicRolloutBufferSamples:
@@ -67,8 +72,13 @@ def test_values_and_gradients_are_autograds(
     samples = make_samples(policy, n, seed)
     weights = th.randn(3, n)
     weights[[index for index in range(3) if index not in used]] = 0.0
-    networks = find_plain_networks(policy)
+    networks = find_plain(policy)
     assert networks is not None
+
+    values = predict_values(policy, samples.observations, networks)
+    with th.no_grad():
+        expected_values = policy.predict_values(samples.observations).flatten()
+    np.testing.assert_allclose(values, expected_values, rtol=1e-5, atol=1e-5 * max(1.0, float(expected_values.abs().max())))
 
     if used == {2} and isinstance(action_space, spaces.Box):
         # Not even autograd reaches the networks: a Gaussian's entropy depends on `log_std` alone
@@ -92,7 +102,7 @@ def test_frozen_parameters_get_no_gradient() -> None:
     policy.mlp_extractor.policy_net.requires_grad_(False)
     policy.log_std.requires_grad_(False)
     samples = make_samples(policy, 7)
-    evaluate_and_differentiate(policy, lambda: evaluate_actions(policy, samples, find_plain_networks(policy)), th.ones(3, 7))
+    evaluate_and_differentiate(policy, lambda: evaluate_actions(policy, samples, find_plain(policy)), th.ones(3, 7))
     assert all(parameter.grad is None for parameter in policy.mlp_extractor.policy_net.parameters())
     assert policy.log_std.grad is None
     assert policy.action_net.weight.grad is not None
@@ -102,6 +112,11 @@ class OwnEvaluation(ActorCriticPolicy):
     def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
         values, log_prob, entropy = super().evaluate_actions(obs, actions)
         return 2 * values, log_prob, entropy
+
+
+class OwnValues(ActorCriticPolicy):
+    def predict_values(self, obs: Any) -> th.Tensor:
+        return 2 * super().predict_values(obs)
 
 
 def replace_critic(policy: Any) -> None:
@@ -131,15 +146,16 @@ def patch_policy(policy: Any) -> None:
 )
 def test_the_rest_is_left_to_the_policy(change: Callable[[Any], Any]) -> None:
     policy = make_policy(spaces.Discrete(3))
-    assert find_plain_networks(policy) is not None
+    assert find_plain(policy) is not None
     change(policy)
-    assert find_plain_networks(policy) is None
+    assert find_plain(policy) is None
 
 
 @pytest.mark.parametrize(
     "policy_class, kwargs",
     [
         (OwnEvaluation, {}),
+        (OwnValues, {}),
         (SharedMlpPolicy, {}),
         (MaskableActorCriticPolicy, {}),
         (ActorCriticPolicy, {"activation_fn": nn.ELU}),
@@ -147,7 +163,7 @@ def test_the_rest_is_left_to_the_policy(change: Callable[[Any], Any]) -> None:
     ],
 )
 def test_policies_that_are_left_alone(policy_class: type, kwargs: dict) -> None:
-    assert find_plain_networks(make_policy(spaces.Discrete(3), BOX, policy_class, **kwargs)) is None
+    assert find_plain(make_policy(spaces.Discrete(3), BOX, policy_class, **kwargs)) is None
 
 
 def test_a_change_is_seen_at_the_next_rollout() -> None:
