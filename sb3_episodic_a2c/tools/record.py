@@ -17,8 +17,8 @@ DEFAULT_FPS = 30.0
 """For environments that name no ``render_fps``."""
 
 NOT_RENDERED: dict[str, Any] = {"render_mode": None}
-"""``env_kwargs`` of ``make_vec_env`` where nobody looks at the environments. Without them SB3 asks for images, and then
-LunarLander adds a particle to its physics at every thrust, which only ``render`` removes: long episodes get ten times slower."""
+"""``env_kwargs`` of ``make_vec_env`` where nobody looks at the environments. Else SB3 asks for images, and LunarLander adds a
+particle to its physics at every thrust, which only ``render`` removes: long episodes get ten times slower."""
 
 
 def play_episodes(
