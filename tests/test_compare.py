@@ -7,9 +7,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import pandas as pd
 import pytest
 import torch as th
 import yaml
+from gymnasium.envs.classic_control import CartPoleEnv
 from PIL import Image
 from rich.console import Console
 from stable_baselines3 import A2C
@@ -349,29 +352,108 @@ def test_folders_of_others_are_left_alone(copied: Path) -> None:
     assert (copied / "a2c/CartPole-v1_1/CartPole-v1.zip").exists()
 
 
-def test_kill_and_start_again(finished: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
-    output = tmp_path / "out"
+def what_they_reach(output: Path) -> str:
+    """The table of a report that has no times in it."""
+    _, _, table = (output / "report.md").read_text().partition("## What they reach")
+    return table.partition("## What they take")[0]
+
+
+@pytest.mark.parametrize(
+    "jobs, with_workers",
+    [(1, True), (2, True), pytest.param(2, False, marks=pytest.mark.slow)],
+    ids=["one process", "with its workers", "without its workers"],
+)
+def test_kill_and_start_again(jobs: int, with_workers: bool, finished: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+    whole, output = finished[0], tmp_path / "out"
     arguments = ["--env", "CartPole-v1", "--seeds", "2", "--total-timesteps", "720", "--n-evaluations", "3"]
-    command = [sys.executable, "-m", "sb3_episodic_a2c", "compare", *arguments, "--eval-episodes", "3", "-o", str(output)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments += ["--eval-episodes", "3", "--jobs", str(jobs), "-o", str(output)]
+    command = [sys.executable, "-m", "sb3_episodic_a2c", "compare", *arguments]
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 200
     # In the middle: something is finished, and something is at work
-    while not (stamps(output) and list((output / ".unfinished").glob("*"))):
+    while not (stamps(output) and (at_work := list((output / ".unfinished").glob("*")))):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
-    process.kill()
+    (os.killpg if with_workers else os.kill)(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    # Where there are workers, it is they who train
+    assert all((f".{process.pid}." in path.name) == (jobs == 1) for path in at_work)
     kept = stamps(output)
     assert 1 <= len(kept) <= 3
-    frame = compare(**GRID, output=output)
+    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
     assert kept.items() <= stamps(output).items()
+    assert len(stamps(output)) == 4
     assert not (output / ".unfinished").exists()
-    pd.testing.assert_frame_equal(learned(frame), learned(finished[1]))
-    # The same table, but for the times
-    whole, again = (json.loads((folder / "results.json").read_text())["summaries"] for folder in (finished[0], output))
-    for one, other in zip(whole, again, strict=True):
+    # The same, but for the times, as if it had never been killed
+    frames = [learned(pd.read_csv(folder / "results.csv", keep_default_na=False)) for folder in (whole, output)]
+    pd.testing.assert_frame_equal(*frames)
+    assert what_they_reach(output) == what_they_reach(whole) != ""
+    summaries = [json.loads((folder / "results.json").read_text())["summaries"] for folder in (whole, output)]
+    for one, other in zip(*summaries, strict=True):
         for name in ("scores", "iqm", "mean", "std", "probability", "seeds", "timesteps_to_threshold", "timesteps"):
             assert one[name] == other[name]
+
+
+ORPHAN = """
+import os, time
+from joblib.externals.loky.process_executor import ProcessPoolExecutor
+
+def work():
+    parent = os.getppid()
+    print("at work", flush=True)
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    # A worker takes seconds to import this
+    from sb3_episodic_a2c.tools.cells import train_cell
+    train_cell(None)
+    print("went on", flush=True)
+    os._exit(0)
+
+if __name__ == "__main__":
+    ProcessPoolExecutor(1).submit(work).result()
+"""
+
+
+def test_a_worker_sees_that_the_command_was_killed_while_it_started(tmp_path: Path) -> None:
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "orphan.py")],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "at work\n"
+        process.kill()
+        # It has an end when the worker is gone, too
+        assert process.communicate(timeout=100)[0] == ""
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def test_leftovers_go_with_the_process_that_was_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of a command that was killed may outlive it for a while, into the next one."""
+    with subprocess.Popen(["sleep", "1000"]) as process:
+
+        class Parting(CartPoleEnv):
+            def reset(self, **kwargs: Any) -> Any:
+                process.kill()
+                process.wait()
+                return super().reset(**kwargs)
+
+        monkeypatch.setitem(gym.registry, "Parting-v0", gym.envs.registration.EnvSpec("Parting-v0", entry_point=Parting))
+        (tmp_path / ".unfinished" / f"{socket.gethostname()}.{process.pid}.0123").mkdir(parents=True)
+        config = tmp_path / "a2c.yml"
+        config.write_text("default: {n_timesteps: 480, policy: MlpPolicy}")
+        arguments = {**GRID, "envs": ["Parting-v0"], "algorithms": ["a2c"], "seeds": 1, "configs": {"a2c": str(config)}}
+        module.run_cells(plan_cells(**arguments, output=tmp_path), backend="sequential")
+    assert not (tmp_path / ".unfinished").exists()
 
 
 @pytest.mark.slow
@@ -470,6 +552,56 @@ def test_a_callback_that_ends_training_is_a_failure(tmp_path: Path) -> None:
     arguments = {**GRID, "algorithms": ["episodic_a2c"], "seeds": 1}
     frame = compare(**arguments, configs={"episodic_a2c": str(config)}, backend="sequential", output=tmp_path / "out")
     assert "after 1 of 4 evaluations: does a callback" in frame["error"].item()
+
+
+NAN_ENV = """
+import gymnasium as gym
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class NaN(CartPoleEnv):
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, float("nan") if terminated else reward, terminated, truncated, info
+
+gym.register("NaN-v0", NaN, max_episode_steps=100)
+"""
+
+
+def test_rewards_that_are_no_numbers_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With DQN, which does not fail of them by itself: within the budget it only collects."""
+    (tmp_path / "nan_env.py").write_text(NAN_ENV)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "dqn.yml").write_text("default: {n_timesteps: 480, policy: MlpPolicy, learning_starts: 1000}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "random_policy.json").write_text('{"NaN-v0": 0.0}')
+    arguments = {
+        **GRID,
+        "envs": ["CartPole-v1", "NaN-v0"],
+        "algorithms": ["dqn"],
+        "configs": {"dqn": str(tmp_path / "dqn.yml")},
+    }
+    frame = compare(**arguments, gym_packages=["nan_env"], backend="sequential", output=tmp_path / "out")
+    assert (frame[frame["env_id"] == "CartPole-v1"]["status"] == "finished").all()
+    failed = frame[frame["env_id"] == "NaN-v0"]
+    assert failed["error"].str.contains("RuntimeError: An evaluation gave rewards that are NaN").tolist() == [True, True]
+    assert "| NaN-v0 | dqn | 1 | RuntimeError: An evaluation gave" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_errors_of_several_lines_are_told_by_the_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    cells = plan_cells(**{**GRID, "algorithms": ["a2c"]}, output=tmp_path)
+    try:
+        th.distributions.Categorical(logits=th.tensor([[th.nan, th.nan]]))
+    except ValueError:
+        tensor = traceback.format_exc()
+    assert tensor.strip().splitlines()[-1] == "tensor([[nan, nan]])"
+    frame = results_frame(cells, dict(zip(cells, [tensor, "The process died."], strict=True)))
+    write_report(frame, cells, tmp_path, {}, console=Console(width=200))
+    report, printed = (tmp_path / "report.md").read_text(), capsys.readouterr().out
+    assert "| CartPole-v1 | a2c | 0 | ValueError: Expected parameter logits" in report
+    assert "| CartPole-v1 | a2c | 1 | The process died. |" in report
+    assert "seed 0: ValueError: Expected parameter logits" in printed and "seed 1: The process died." in printed
+    # In full elsewhere
+    assert "tensor([[nan, nan]])" in json.loads((tmp_path / "results.json").read_text())["failed"][0]["error"]
 
 
 # ------------------------------------------------------------------ the grid
@@ -590,6 +722,24 @@ def test_hyperparameters_of_a_python_file_are_not_written_to(tmp_path: Path) -> 
     assert json.dumps([cell.settings for cell in cells]) == before
     frame = results_frame(cells, {})
     assert (frame["status"] == "finished").all()
+
+
+def test_report_of_unusual_hyperparameters(tmp_path: Path) -> None:
+    """Of several lines, and infinite, which JSON does not know."""
+    config = tmp_path / "a2c.yml"
+    text = "dict(\n  net_arch=[8])\n"
+    entry = {"n_timesteps": 480, "policy": "MlpPolicy", "max_grad_norm": float("inf"), "policy_kwargs": text}
+    config.write_text(yaml.safe_dump({"default": entry}))
+    arguments = {**GRID, "algorithms": ["a2c"], "seeds": 1, "output": tmp_path / "out", "configs": {"a2c": str(config)}}
+    assert (compare(**arguments, backend="sequential")["status"] == "finished").all()
+    row = "| CartPole-v1 | a2c | max_grad_norm: inf, n_timesteps: 480, policy: MlpPolicy, policy_kwargs: dict( net_arch=[8]) |"
+    assert row in (tmp_path / "out" / "report.md").read_text()
+    (hyperparams,) = json.loads((tmp_path / "out" / "results.json").read_text())["hyperparams"]
+    assert (hyperparams["max_grad_norm"], hyperparams["policy_kwargs"]) == (None, text)
+    # And they are found again
+    before = stamps(tmp_path / "out")
+    compare(**arguments, backend="sequential")
+    assert stamps(tmp_path / "out") == before
 
 
 BAD_INPUT: list[tuple[dict[str, Any], str]] = [

@@ -62,8 +62,6 @@ TRAINING_ONLY = ("max_episode_steps",)
 
 PACKAGES = ("sb3_episodic_a2c", "stable_baselines3", "sb3_contrib", "rl_zoo3", "gymnasium", "torch", "numpy")
 
-_PARENT = os.getppid()
-
 _one_at_a_time = threading.Lock()
 """Trainings share torch's and NumPy's random states: a Dask worker with several threads must not mix them."""
 
@@ -326,7 +324,10 @@ class _MaskableEvalOnGrid(_EvalOnGrid, MaskableEvalCallback):
 
 def _exit_if_orphaned() -> None:
     """A worker of joblib's does not see that the command was killed, and would slow down the next one."""
-    if multiprocessing.current_process().name.startswith("LokyProcess") and os.getppid() != _PARENT:
+    # Not what os.getppid() said on import: that takes seconds, in which the command may be killed, too
+    parent = multiprocessing.parent_process()
+    is_worker = multiprocessing.current_process().name.startswith("LokyProcess")
+    if is_worker and parent is not None and parent.pid != os.getppid():
         os._exit(1)
 
 
@@ -465,6 +466,8 @@ def _run_manager(manager: Any, model: BaseAlgorithm, callback: Any) -> None:
             f"Training ended at step {model.num_timesteps:,} of {manager.n_timesteps:,}, after {len(callback.train_seconds)} "
             f"of {len(callback.grid)} evaluations: does a callback in the hyperparameters stop it?"
         )
+    if not np.isfinite(callback.evaluations_results).all():
+        raise RuntimeError("An evaluation gave rewards that are NaN or infinite: nothing can be said of such a training.")
     manager.save_trained_model(model)
 
 

@@ -400,6 +400,8 @@ def run_cells(
     for cell in missing:
         if cell not in errors and not is_finished(cell, retrain):
             errors[cell] = f"{cell.folder} is not there: is `output` on a disk that all workers share?"
+    # Once more: workers of a command that was killed may have gone only since then
+    remove_leftovers(missing[0].output)
     with contextlib.suppress(OSError):
         # Only if no other command is using it
         (missing[0].output / UNFINISHED_FOLDER).rmdir()

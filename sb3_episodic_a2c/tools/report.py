@@ -383,7 +383,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     :return: Markdown, without an end of line
     """
     lines = [list(rows[0]), ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]], console: Console) -> None:
@@ -584,6 +584,13 @@ def _turns_note(results: dict[Cell, CellResult]) -> str:
     return " The algorithms took turns."
 
 
+def _error_line(error: str) -> str:
+    """The line of a traceback that names the exception. What follows may be a tensor."""
+    lines = error.strip().splitlines()
+    last_frame = max((index for index, line in enumerate(lines) if line.startswith('  File "')), default=-1)
+    return next((line for line in lines[last_frame + 1 :] if not line.startswith(" ")), lines[-1])
+
+
 def scale_lines(scale: dict[str, Scale]) -> list[str]:
     lines = []
     for env_id, one in scale.items():
@@ -641,8 +648,8 @@ def write_report(
     for note in _code_notes(_results(cells)):
         console.print(note, markup=False)
     for failure in failed.itertuples():
-        last_line = failure.error.strip().splitlines()[-1]
-        console.print(f"FAILED: {failure.algorithm} on {failure.env_id}, seed {failure.seed}: {last_line}", markup=False)
+        text = f"FAILED: {failure.algorithm} on {failure.env_id}, seed {failure.seed}: {_error_line(failure.error)}"
+        console.print(text, markup=False)
     console.print(f"Wrote report.md, results.csv, results.json and plots to {output}/", markup=False)
 
 
@@ -679,7 +686,7 @@ def _markdown(
     )
     if len(failed):
         rows = [["environment", "algorithm", "seed", "error"]]
-        rows += [[row.env_id, row.algorithm, str(row.seed), row.error.strip().splitlines()[-1]] for row in failed.itertuples()]
+        rows += [[row.env_id, row.algorithm, str(row.seed), _error_line(row.error)] for row in failed.itertuples()]
         parts += ["## Failed", markdown_table(rows)]
     parts += ["## Plots", *(f"![{path.stem}]({path.name})" for path in plots)]
     parts += ["## Fairness", "\n".join(f"- {note}" for note in notes)]
@@ -717,7 +724,8 @@ def _json(
         "normalisation": {env_id: _plain(one) for env_id, one in scale.items()},
         "failed": failed[["env_id", "algorithm", "seed", "error"]].to_dict("records"),
         "hyperparams": [
-            {"env_id": cell.env_id, "algorithm": cell.label, **cell.settings["hyperparams"]} for cell in _one_a_pair(cells)
+            {"env_id": cell.env_id, "algorithm": cell.label, **_plain(cell.settings["hyperparams"])}
+            for cell in _one_a_pair(cells)
         ],
         "notes": notes,
         "versions": version_list,
