@@ -22,6 +22,9 @@ import pytest
 import torch as th
 import yaml
 from gymnasium.envs.classic_control import CartPoleEnv
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from stable_baselines3 import A2C
@@ -40,8 +43,9 @@ from sb3_episodic_a2c.tools.compare import (
     results_frame,
     seconds_left,
 )
-from sb3_episodic_a2c.tools.plots import STYLES
+from sb3_episodic_a2c.tools.plots import STYLES, plot_curves, plot_profile, plot_scores
 from sb3_episodic_a2c.tools.report import (
+    METRICS,
     Scale,
     cost_table,
     fairness_notes,
@@ -53,6 +57,7 @@ from sb3_episodic_a2c.tools.report import (
     summarize_overall,
     write_report,
 )
+from sb3_episodic_a2c.tools.statistics import iqm_band, profile_band
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -1014,6 +1019,216 @@ def test_terminal_tables_cut_no_names_and_no_figures(width: int) -> None:
         assert "MountainCarContinuous-v0" in printed and "episodic_a2c_mask" in printed and "a2c-matched" in printed
         assert all(cell in printed for row in rows[1:] for cell in row)
         assert max(map(len, printed.splitlines())) <= width
+
+
+# ------------------------------------------------------------------ plots
+
+
+def band(axes: Axes, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the polygon of an interval has its corners, with the lowest and the highest value there."""
+    corners = axes.collections[index].get_paths()[0].vertices
+    x = np.unique(corners[:, 0])
+    limits = [corners[corners[:, 0] == one, 1] for one in x]
+    return x, np.array([values.min() for values in limits]), np.array([values.max() for values in limits])
+
+
+def legend_entries(figure: Figure) -> dict[str, tuple[Any, Any]]:
+    (legend,) = figure.legends
+    return {handle.get_label(): (handle.get_color(), handle.get_linestyle()) for handle in legend.legend_handles}
+
+
+def random_runs(env_ids: list[str], n_runs: int) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    names = itertools.product(env_ids, ("ours", "other"))
+    return frame_of({name: rng.normal(100, 30, size=(n_runs, 3)).tolist() for name in names})
+
+
+@pytest.mark.parametrize("over_time", [False, True], ids=["env steps", "wall time"])
+def test_learning_curves(over_time: bool) -> None:
+    env_ids = ["CartPole-v1", "Pendulum-v1"]
+    frame = random_runs(env_ids, 8)
+    # Evaluation i of seed s after i (1 + s)^2 seconds, of the other twice as many: medians are 20.5 i and 41 i
+    frame["train_seconds"] = frame["evaluation"] * (1 + frame["seed"]) ** 2 * frame["algorithm"].map({"ours": 1, "other": 2})
+    failed = {"algorithm": "broken", "env_id": "CartPole-v1", "seed": 0, "status": "failed", "error": "it failed"}
+    figure = plot_curves(pd.concat([frame, pd.DataFrame([failed])]), np.random.default_rng(0), over_time)
+    assert figure is not None
+    # Before training no time has passed, and a logarithmic axis has no zero
+    shown = slice(1 if over_time else 0, None)
+    expected_x = (
+        {"ours": [20.5, 41.0], "other": [41.0, 82.0]} if over_time else {"ours": [0, 100, 200], "other": [0, 100, 200]}
+    )
+    rng = np.random.default_rng(0)
+    for axes, env_id in zip(figure.axes, env_ids, strict=True):
+        # One of what has finished; and the threshold, which Pendulum has not
+        assert len(axes.lines) == (3 if env_id == "CartPole-v1" else 2)
+        assert len(axes.collections) == 2
+        for index, algorithm in enumerate(("ours", "other")):
+            runs = frame[(frame["env_id"] == env_id) & (frame["algorithm"] == algorithm)]
+            rewards = runs["mean_reward"].to_numpy().reshape(8, 3)
+            line = axes.lines[index]
+            assert line.get_xdata().tolist() == expected_x[algorithm]
+            # Of eight runs, the middle four
+            np.testing.assert_allclose(line.get_ydata(), np.sort(rewards, axis=0)[2:6].mean(axis=0)[shown])
+            assert (line.get_color(), line.get_linestyle()) == legend_entries(figure)[algorithm]
+            _, low, high = iqm_band(rewards, rng)
+            x, drawn_low, drawn_high = band(axes, index)
+            assert x.tolist() == expected_x[algorithm]
+            np.testing.assert_array_equal((drawn_low, drawn_high), (low[shown], high[shown]))
+            assert (drawn_low < line.get_ydata()).all() and (line.get_ydata() < drawn_high).all()
+            assert to_rgb(axes.collections[index].get_facecolor()[0]) == to_rgb(line.get_color())
+        assert axes.get_title() == env_id
+        assert axes.get_xlabel() == ("training wall time (s, log scale)" if over_time else "env steps")
+        assert axes.get_xscale() == ("log" if over_time else "linear")
+    assert set(figure.axes[0].lines[2].get_ydata()) == {475}
+    assert [axes.get_ylabel() for axes in figure.axes] == ["reward of an episode", ""]
+    assert list(legend_entries(figure)) == ["ours", "other", "broken", "reward threshold"]
+    assert figure.get_suptitle() == "Greedy evaluations: IQM over 8 runs, 95% bootstrap interval"
+
+
+def test_learning_curves_of_one_run_and_without_a_threshold() -> None:
+    figure = plot_curves(random_runs(["Pendulum-v1"], 1), np.random.default_rng(0), over_time=False)
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [len(line.get_xdata()) for line in axes.lines] == [3, 3]
+    # No interval
+    assert not any(len(path.vertices) for collection in axes.collections for path in collection.get_paths())
+    assert list(legend_entries(figure)) == ["ours", "other"]
+
+
+@pytest.mark.parametrize("over_time", [False, True], ids=["env steps", "wall time"])
+@pytest.mark.parametrize(
+    "start, end", [(1, 1.5), (0.021, 0.09), (2.2, 8.7), (1, 10), (0.3, 160), (1, 1_000), (0.1, 3e5), (2e4, 2.4e4), (2e4, 9e5)]
+)
+def test_words_of_learning_curves_do_not_overlap(over_time: bool, start: float, end: float) -> None:
+    env_ids = ["CartPole-v1", "Acrobot-v1", "Pendulum-v1", "MountainCarContinuous-v0", "LunarLander-v3"]
+    frame = random_runs(env_ids, 4)
+    frame["train_seconds"] = frame["evaluation"].map({0: 0.0, 1: start, 2: end})
+    frame["timesteps"] = frame["evaluation"].map({0: 0, 1: 1_000 * start, 2: 1_000 * end})
+    figure = plot_curves(frame, np.random.default_rng(0), over_time)
+    assert figure is not None
+    figure.canvas.draw()
+    panels = [axes for axes in figure.axes if axes.axison]
+    assert [axes.get_title() for axes in panels] == env_ids
+    # Three in the first row, and below the last one nothing
+    assert [bool(axes.get_xlabel()) for axes in panels] == [False, False, True, True, True]
+    assert [bool(axes.get_ylabel()) for axes in panels] == [True, False, False, True, False]
+    for axes in panels:
+        for axis, first, last in ((axes.xaxis, "x0", "x1"), (axes.yaxis, "y0", "y1")):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            boxes = [tick.label1.get_window_extent() for tick in ticks]
+            assert 2 <= len(boxes)
+            assert all(getattr(one, last) < getattr(other, first) for one, other in itertools.pairwise(boxes))
+    inside, whole = figure.get_tightbbox(), figure.bbox_inches
+    assert whole.x0 <= inside.x0 and inside.x1 <= whole.x1 and whole.y0 <= inside.y0 and inside.y1 <= whole.y1
+
+
+def test_plot_of_scores() -> None:
+    env_ids = ["CartPole-v1", "Acrobot-v1"]
+    summaries = summarize(random_runs(env_ids, 6), np.random.default_rng(0))
+    overall = summarize_overall(summaries, dict.fromkeys(env_ids, Scale(0.0, 100.0, True)), np.random.default_rng(0))
+    figure = plot_scores(summaries, overall)
+    rows = {**{env_id: [one for one in summaries if one.env_id == env_id] for env_id in env_ids}, "all, normalised": overall}
+    panels = iter(figure.axes)
+    for name, (metric, title) in itertools.product(rows, METRICS.items()):
+        axes = next(panels)
+        assert axes.get_title(loc="left") == f"{name}: {title}"
+        assert [label.get_text() for label in axes.get_yticklabels()] == (["ours", "other"] if metric == "final" else ["", ""])
+        assert len(axes.patches) == len(axes.lines) == 2
+        for index, one in enumerate(rows[name]):
+            bar, line = axes.patches[index], axes.lines[index]
+            assert (bar.get_x(), bar.get_x() + bar.get_width()) == pytest.approx((one.iqm[metric].low, one.iqm[metric].high))
+            assert line.get_xdata() == [one.iqm[metric].value]
+            # Where its name is
+            assert line.get_ydata() == [axes.get_yticks()[index]] == [bar.get_y() + bar.get_height() / 2]
+            assert (line.get_color(), line.get_marker()) == (STYLES[index][0], STYLES[index][2])
+            assert to_rgb(bar.get_facecolor()) == to_rgb(line.get_color())
+    assert next(panels, None) is None
+    assert [axes.get_xlabel() for axes in figure.axes] == [""] * 4 + ["normalised score"] * 2
+    axes_of_one_run = plot_scores(summarize(random_runs(["CartPole-v1"], 1), np.random.default_rng(0)), []).axes
+    assert np.isnan(axes_of_one_run[0].patches[0].get_width()) and np.isfinite(axes_of_one_run[0].lines[0].get_xdata()).all()
+    assert [axes.get_xlabel() for axes in axes_of_one_run] == ["reward of an episode", "mean reward over the budget"]
+
+
+def profile_of(scores: dict[tuple[str, str], list[float]]) -> Figure | None:
+    """Of scores that are normalised already, from the first evaluation on: then both metrics are the same."""
+    summaries = summarize(
+        frame_of({name: [[score] * 3 for score in runs] for name, runs in scores.items()}), np.random.default_rng(0)
+    )
+    return plot_profile(summaries, {env_id: Scale(0.0, 1.0, True) for env_id, _ in scores}, np.random.default_rng(0))
+
+
+def test_performance_profile() -> None:
+    scores = {
+        ("CartPole-v1", "ours"): [0.0, 0.4, 0.4, 1.0],
+        ("CartPole-v1", "other"): [0.2, 0.2, 0.2],
+        ("Acrobot-v1", "ours"): [1.0, 1.0],
+        ("Acrobot-v1", "other"): [-0.2, 0.6],
+    }
+    figure = profile_of(scores)
+    assert figure is not None
+    final = figure.axes[0]
+    assert [axes.get_title() for axes in figure.axes] == list(METRICS.values())
+    assert {axes.get_xlabel() for axes in figure.axes} == {"normalised score (0: random actions, 1: reference)"}
+    assert [axes.get_ylabel() for axes in figure.axes] == ["share of runs above that score", ""]
+    assert figure.get_suptitle() == "Performance profile over 2 environments, 95% bootstrap interval"
+    assert list(legend_entries(figure)) == ["ours", "other"]
+    # By hand: the mean of both environments' shares
+    shares = {
+        "ours": {-0.21: 1.0, -0.01: 1.0, 0.02: 0.875, 0.38: 0.875, 0.42: 0.625, 0.98: 0.625, 1.01: 0.0},
+        "other": {-0.21: 1.0, -0.18: 0.75, 0.18: 0.75, 0.22: 0.25, 0.58: 0.25, 0.62: 0.0, 1.01: 0.0},
+    }
+    rng = np.random.default_rng(0)
+    for index, (algorithm, by_threshold) in enumerate(shares.items()):
+        line = final.lines[index]
+        x, y = line.get_data()
+        assert line.get_drawstyle() == "steps-post"
+        assert (line.get_color(), line.get_linestyle()) == legend_entries(figure)[algorithm]
+        assert (np.diff(x) > 0).all() and (np.diff(y) <= 0).all()
+        assert (y[0], y[-1]) == (1, 0)
+        for threshold, share in by_threshold.items():
+            assert y[np.searchsorted(x, threshold, side="right") - 1] == share
+        samples = [np.array(runs) for (_, name), runs in scores.items() if name == algorithm]
+        _, low, high = profile_band(samples, x, rng)
+        corners, drawn_low, drawn_high = band(final, index)
+        np.testing.assert_array_equal(corners, x)
+        # A corner is the end of one step and the start of the next, lower one
+        np.testing.assert_array_equal((drawn_low[1:], drawn_high[1:]), (low[1:], high[:-1]))
+        assert to_rgb(final.collections[index].get_facecolor()[0]) == to_rgb(line.get_color())
+    for line, other in zip(final.lines, figure.axes[1].lines, strict=True):
+        np.testing.assert_allclose(line.get_ydata(), other.get_ydata())
+
+
+@pytest.mark.parametrize("scores", [[1.0, 1.0, 1.0], [-1.0, -1.2, -1.4], [-3.0, -3.0, -3.0], [0.1, 0.2, 7.0]], ids=str)
+def test_performance_profile_of_equal_and_of_low_scores(scores: list[float]) -> None:
+    figure = profile_of({("CartPole-v1", "ours"): scores, ("CartPole-v1", "other"): [scores[0], scores[0]]})
+    assert figure is not None
+    for line in (line for axes in figure.axes for line in axes.lines):
+        x, y = line.get_data()
+        assert (np.diff(x) > 0).all() and (np.diff(y) <= 0).all()
+        assert (y[0], y[-1]) == (1, 0)
+        assert min(scores) - 0.2 < x[0] < min(scores) and max(scores) < x[-1] < max(scores) + 0.2
+
+
+def test_performance_profile_is_not_squeezed_by_one_run() -> None:
+    figure = profile_of({("CartPole-v1", "ours"): [-50.0, 0.0, 1.0, 1.0], ("CartPole-v1", "other"): [0.5]})
+    assert figure is not None
+    x, y = figure.axes[0].lines[0].get_data()
+    assert -0.6 < x[0] < -0.5
+    # The one below is still counted
+    assert y[0] == 0.75
+
+
+def test_nothing_to_plot(tmp_path: Path) -> None:
+    cells = plan_cells(**GRID, output=tmp_path)
+    frame = results_frame(cells, dict.fromkeys(cells, "it failed"))
+    assert plot_curves(frame, np.random.default_rng(0), over_time=False) is None
+    summaries = summarize(frame, np.random.default_rng(0))
+    scale = {"CartPole-v1": Scale(0.0, 1.0, True)}
+    assert plot_profile(summaries, scale, np.random.default_rng(0)) is None
+    # And without a usable scale
+    summaries = summarize(random_runs(["CartPole-v1"], 2), np.random.default_rng(0))
+    assert plot_profile(summaries, {"CartPole-v1": Scale(1.0, 1.0, False)}, np.random.default_rng(0)) is None
 
 
 def test_styles_differ_in_colour_and_in_shape() -> None:

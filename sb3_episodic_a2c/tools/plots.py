@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
 from sb3_episodic_a2c.tools import statistics
 from sb3_episodic_a2c.tools.report import METRICS, Overall, Scale, Summary, reward_threshold
@@ -82,6 +82,13 @@ def _legend(figure: Figure, algorithms: Sequence[str], extra: Sequence[Line2D] =
     figure.legend(handles=[*handles, *extra], loc="outside lower center", ncols=4, frameon=False)
 
 
+def _log_locator(low: float, high: float) -> Locator:
+    """Ticks of a logarithmic axis: at least two, and no more than there is room for."""
+    if high / low < 5:
+        return MaxNLocator(3)
+    return LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,), numticks=7)
+
+
 def plot_curves(frame: pd.DataFrame, rng: np.random.Generator, over_time: bool) -> Figure | None:
     """
     Learning curves: IQM over runs of the mean reward of each evaluation, with 95% bootstrap intervals.
@@ -122,10 +129,10 @@ def plot_curves(frame: pd.DataFrame, rng: np.random.Generator, over_time: bool) 
         axes.grid(alpha=0.3)
         if over_time:
             axes.set_xscale("log")
-            # Panels that span less than a decade or two need more than its ends
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
+            axes.xaxis.set_major_locator(_log_locator(*axes.get_xlim()))
             axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_formatter("{x:,g}")
+            # Not in SI prefixes: 100m would be read as minutes
+            axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}" if seconds < 10_000 else f"{seconds / 1_000:g}k")
         else:
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -136,7 +143,8 @@ def plot_curves(frame: pd.DataFrame, rng: np.random.Generator, over_time: bool) 
     n_runs = finished.groupby(["env_id", "algorithm"])["seed"].nunique()
     runs_text = f"{n_runs.max()}" if n_runs.min() == n_runs.max() else f"{n_runs.min()} to {n_runs.max()}"
     figure.suptitle(f"Greedy evaluations: IQM over {runs_text} runs, 95% bootstrap interval", fontsize=12)
-    _legend(figure, algorithms, [Line2D([], [], color="#666666", linestyle=(0, (1, 2)), label="reward threshold")])
+    threshold_line = Line2D([], [], color="#666666", linestyle=(0, (1, 2)), label="reward threshold")
+    _legend(figure, algorithms, [threshold_line] if any(reward_threshold(env_id) is not None for env_id in env_ids) else [])
     return figure
 
 
@@ -208,9 +216,12 @@ def plot_profile(summaries: Sequence[Summary], scale: dict[str, Scale], rng: np.
             for algorithm in algorithms
         }
         scores = np.concatenate([sample for samples in strata.values() for sample in samples])
+        low, high = float(scores.min()), float(scores.max())
         # A run far below random actions would squeeze all others together
-        low, high = max(float(scores.min()), -0.5), float(scores.max())
-        thresholds = np.linspace(low - 0.02 * (high - low), high + 0.02 * (high - low), 201)
+        low = max(low, min(-0.5, high - 0.5))
+        # All scores may be equal
+        margin = max(0.02 * (high - low), 0.01)
+        thresholds = np.linspace(low - margin, high + margin, 201)
         for algorithm, (color, line, _) in _styles(algorithms).items():
             value, lower, upper = statistics.profile_band(strata[algorithm], thresholds, rng)
             axes.plot(thresholds, value, color=color, linestyle=line, linewidth=1.8, drawstyle="steps-post")
