@@ -84,10 +84,14 @@ def test_numpy_outputs_are_torchs(
     assert isinstance(actor, NumpyActor)
     _, output = actor.latent_and_output(observations)
     with th.no_grad():
-        features = policy.extract_features(th.as_tensor(observations), policy.pi_features_extractor)
-        expected = policy.action_net(policy.mlp_extractor.forward_actor(features)).numpy()
+        hidden = policy.extract_features(th.as_tensor(observations), policy.pi_features_extractor)
+        # Small numbers may be the difference of large ones: rounding is relative to the largest on the way
+        scale = max(1.0, hidden.abs().max().item())
+        for layer in [*(policy.mlp_extractor.shared_net if is_shared else policy.mlp_extractor.policy_net), policy.action_net]:
+            hidden = layer(hidden)
+            scale = max(scale, hidden.abs().max().item())
+    expected = hidden.numpy()
     assert output.dtype == np.float32
-    scale = max(1.0, float(np.abs(expected).max()))
     np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5 * scale)
     np.testing.assert_array_equal(observations, before)
 
@@ -385,6 +389,22 @@ def test_a_method_that_was_put_on_the_policy_is_called(name: str) -> None:
     setattr(model.policy, name, lambda *args, **kwargs: calls.append(1) or method(*args, **kwargs))
     model.learn(100)
     assert len(calls) >= 100
+
+
+def test_distributions_check_their_arguments_except_while_collecting() -> None:
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", device="cpu", actor="torch")
+    get_distribution, checks = model.policy.get_distribution, []
+
+    def watched(*args: Any) -> Any:
+        distribution = get_distribution(*args)
+        checks.append(distribution.distribution._validate_args)
+        return distribution
+
+    model.policy.get_distribution = watched  # type: ignore[method-assign]
+    model.learn(50)
+    assert checks == [False] * 50
+    with pytest.raises(ValueError, match="constraint"):
+        th.distributions.Categorical(logits=th.tensor([np.nan, 0.0]))
 
 
 class OwnExtractor(FlattenExtractor):

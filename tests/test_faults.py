@@ -630,10 +630,8 @@ def test_numbers_too_large_for_the_policy(algorithm: type[EpisodicA2C], space: s
     model = nan_model(algorithm, space, actor)
     for parameter in model.policy.parameters():
         parameter.data.fill_(3e38)
-    # Distributions of torch that check what they are given have their own words. To Bernoulli's, infinite logits are certainty
-    with pytest.raises(
-        ValueError, match=r"finite.*are too large.*`learning_rate`|^Expected parameter|^The gradient of update 1"
-    ):
+    # To Bernoulli's distribution, infinite logits are certainty
+    with pytest.raises(ValueError, match=r"finite.*are too large.*`learning_rate`|^The gradient of update 1"):
         model.learn(100)
     assert model._n_updates == 0
 
