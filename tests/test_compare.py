@@ -27,6 +27,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3 import A2C
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
@@ -221,6 +222,22 @@ def test_all_are_evaluated_in_the_same_environment(tmp_path: Path) -> None:
     assert by_gravity[0] > by_gravity[1]
     (cached,) = json.loads((tmp_path / "out" / "random_policy.json").read_text()).values()
     assert cached == random_policy_score("Pendulum-v1", env_kwargs={"g": 1.0})
+
+
+class StrictEnv(InvalidActionEnvDiscrete):
+    def step(self, action: int) -> Any:
+        if action in self.invalid_actions:
+            raise ValueError(f"{action} is invalid")
+        return super().step(action)
+
+
+def test_evaluations_know_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = gym.envs.registration.EnvSpec("Strict-v0", lambda: StrictEnv(dim=20, n_invalid_actions=10))
+    monkeypatch.setitem(gym.registry, "Strict-v0", spec)
+    arguments = {**GRID, "envs": ["Strict-v0"], "algorithms": ["episodic_a2c_mask"]}
+    with pytest.warns(UserWarning, match=r"random actions failed: \d+ is invalid"):
+        frame = compare(**arguments, backend="sequential", output=tmp_path)
+    assert (frame["status"] == "finished").all(), frame["error"]
 
 
 # ------------------------------------------------------------------ backends
@@ -934,7 +951,13 @@ def test_overall_is_over_normalised_scores() -> None:
     assert (ours.iqm["final"], other.iqm["final"]) == ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
     assert other.probability is not None
     assert other.probability["final"].value == 1.0
-    assert "| all, normalised | ours | 1.00 (1.00 to 1.00) |" in markdown_table(score_table(summaries, [ours, other]))
+    # By hand: after 0 and 0, halfway to the end is a quarter of it
+    area = [(125 - 22) / 478, (-25 + 500) / 400] * 4
+    assert (ours.mean["final"], ours.std["final"]) == (1.0, 0.0)
+    assert (ours.mean["area"], ours.std["area"]) == pytest.approx((np.mean(area), np.std(area, ddof=1)))
+    table = markdown_table(score_table(summaries, [ours, other]))
+    assert "| all, normalised | ours | 1.00 (1.00 to 1.00) | 1.00 ± 0.00 |" in table
+    assert f" | {np.mean(area):.2f} ± {np.std(area, ddof=1):.2f} |" in table
     # More seeds of one environment do not make it weigh more
     more = {("CartPole-v1", name): [[0, 0, ends[name][0]]] * 12 for name in ends}
     less = {("Acrobot-v1", name): [[0, 0, -300.0]] * 4 for name in ends}

@@ -98,6 +98,9 @@ class Overall:
     seeds: list[int]
     """Seeds that count: those which every algorithm has finished on every one of them, so that all weigh the same."""
     iqm: dict[str, Estimate]
+    mean: dict[str, float]
+    std: dict[str, float]
+    """Between all runs, whatever their environment."""
     probability: dict[str, Estimate] | None
 
 
@@ -294,21 +297,25 @@ def summarize_overall(summaries: Sequence[Summary], scale: dict[str, Scale], rng
         chosen = [by_name[env_id, algorithm] for env_id in env_ids]
         return [scale[one.env_id].normalize(_of_seeds(seeds, one.seeds, one.scores[metric])) for one in chosen]
 
-    return [
-        Overall(
-            algorithm,
-            env_ids,
-            seeds,
-            {metric: statistics.stratified_iqm(strata(algorithm, metric), rng) for metric in METRICS},
-            {
-                metric: statistics.probability_of_improvement(strata(algorithms[0], metric), strata(algorithm, metric))
-                for metric in METRICS
-            }
-            if algorithm != algorithms[0]
-            else None,
+    result = []
+    for algorithm in algorithms:
+        moments = {metric: statistics.mean_and_std(np.concatenate(strata(algorithm, metric))) for metric in METRICS}
+        probability = {
+            metric: statistics.probability_of_improvement(strata(algorithms[0], metric), strata(algorithm, metric))
+            for metric in METRICS
+        }
+        result.append(
+            Overall(
+                algorithm=algorithm,
+                env_ids=env_ids,
+                seeds=seeds,
+                iqm={metric: statistics.stratified_iqm(strata(algorithm, metric), rng) for metric in METRICS},
+                mean={metric: mean for metric, (mean, _) in moments.items()},
+                std={metric: std for metric, (_, std) in moments.items()},
+                probability=probability if algorithm != algorithms[0] else None,
+            )
         )
-        for algorithm in algorithms
-    ]
+    return result
 
 
 # ------------------------------------------------------------------ tables
@@ -330,7 +337,9 @@ def score_table(summaries: Sequence[Summary], overall: Sequence[Overall]) -> lis
         row.append(f"{summary.n_seeds}" + (f", {summary.n_failed} FAILED" if summary.n_failed else ""))
         rows.append(row)
     for whole in overall:
-        row = ["all, normalised", whole.algorithm, _interval(whole.iqm["final"], 2), "", _interval(whole.iqm["area"], 2), ""]
+        row = ["all, normalised", whole.algorithm]
+        for metric in METRICS:
+            row += [_interval(whole.iqm[metric], 2), f"{_number(whole.mean[metric], 2)} ± {_number(whole.std[metric], 2)}"]
         rows.append([*row, _interval(whole.probability["final"], 2) if whole.probability else "", "", f"{len(whole.seeds)}"])
     return rows
 
@@ -677,7 +686,9 @@ def _markdown(
         parts.append(
             f"All: over {', '.join(overall[0].env_ids)}, with the seeds that all algorithms have finished on all of them "
             f"({_ranges(overall[0].seeds)}), so that each weighs the same; scores "
-            "normalised per environment. P is the mean over environments. " + "; ".join(scale_lines(scale)) + "."
+            "normalised per environment. Mean and std are of all these runs, P is the mean over environments. "
+            + "; ".join(scale_lines(scale))
+            + "."
         )
     parts += ["## What they take", markdown_table(cost_table(summaries))]
     parts.append(
