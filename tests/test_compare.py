@@ -264,6 +264,21 @@ def test_backends_give_identical_results(backend: str, finished: tuple[Path, pd.
         assert all(th.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_command_line_with_a_cluster_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("distributed")
+    (tmp_path / "a2c.yml").write_text("default: {n_timesteps: 1000, policy: MlpPolicy, n_steps: 6}")
+    arguments = ["--env", "CartPole-v1", "--algo", "a2c", "--seed-list", "4", "2", "--conf", str(tmp_path / "a2c.yml")]
+    arguments += ["--total-timesteps", "CartPole-v1:480", "--n-evaluations", "CartPole-v1:2", "--eval-episodes", "2"]
+    output = tmp_path / "out"
+    assert main(["compare", *arguments, "--backend", "dask", "--jobs", "2", "--no-progress", "-o", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "What they reach" in printed and "━━━ " not in printed
+    frame = pd.read_csv(output / "results.csv", keep_default_na=False)
+    assert frame["seed"].tolist() == [4] * 3 + [2] * 3
+    assert frame["timesteps"].tolist() == [0, 240, 480] * 2
+    assert A2C.load(output / "a2c" / "CartPole-v1_5" / "CartPole-v1.zip").n_steps == 6
+
+
 @pytest.mark.parametrize("backend", ["loky", "sequential"])
 def test_progress_bar(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """With one job cells are trained in this process, with its output redirected."""
@@ -273,7 +288,7 @@ def test_progress_bar(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     printed = capsys.readouterr().out
     last = printed[printed.rindex("━") :]
     assert "2/2" in last and "cells" in last and "failed" not in printed
-    assert "1/2" in printed
+    assert "1/2" in printed and "cells, about" in printed
     assert all("━" not in (Path(folder) / "train.log").read_text() for folder in frame["folder"].unique())
 
 
