@@ -103,8 +103,8 @@ def unvalidated() -> Iterator[None]:
     """
     # Torch offers to set it, not to ask for it
     before = th.distributions.Distribution._validate_args
-    th.distributions.Distribution.set_default_validate_args(False)
     try:
+        th.distributions.Distribution.set_default_validate_args(False)
         yield
     except RuntimeError as error:
         # Of the categorical and of Bernoulli's distribution

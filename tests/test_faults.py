@@ -408,6 +408,24 @@ def test_ctrl_c_at_random_moments(algorithm: type[EpisodicA2C], tmp_path: Path) 
 
 
 @for_all
+def test_ctrl_c_while_gradients_are_off(algorithm: type[EpisodicA2C], tmp_path: Path) -> None:
+    """As it may come between the first instruction of `no_grad` and the block."""
+
+    def press() -> None:
+        th.set_grad_enabled(False)
+        press_ctrl_c()
+
+    model, last_update = fragile_model(algorithm), LastUpdate(at_step=200, call=press)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(10**6, callback=last_update)
+        assert th.is_grad_enabled()
+    finally:
+        th.set_grad_enabled(True)
+    assert_usable(model, last_update, tmp_path)
+
+
+@for_all
 def test_ctrl_c_while_saving(algorithm: type[EpisodicA2C]) -> None:
     """Of one that comes while it writes, torch makes a RuntimeError of its own."""
 
