@@ -611,7 +611,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
             )
         # As `th.nn.utils.get_total_norm`, for parameters that are all on one device
         norm = th.linalg.vector_norm(th.cat([parameter.grad.flatten() for parameter in parameters]))  # type: ignore[union-attr]
-        if not th.isfinite(norm):
+        if not math.isfinite(norm.item()):
             self._refuse_update(
                 f"The gradient of update {self._n_updates + 1} is not finite (norm {norm.item()})",
                 "Lower `learning_rate`, set `max_grad_norm`, or look for extreme observations and rewards with "
