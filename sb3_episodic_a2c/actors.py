@@ -93,18 +93,20 @@ def check_finite(numbers: Array) -> Array:
 
 
 @contextmanager
-def unvalidated() -> Iterator[None]:
+def unvalidated(device: th.device) -> Iterator[None]:
     """
     Let torch's distributions take their arguments as they are, which saves a tenth of the time of a small policy.
 
     What is not finite is refused all the same: by torch where it samples discrete actions, else by :func:`check_finite`.
+    Only on the CPU: a GPU's own check of what it samples from leaves it unusable. The setting is torch's, one for all threads.
 
+    :param device: Device that the policy is on
     :raises ValueError: What was to be sampled from is not finite
     """
     # Torch offers to set it, not to ask for it
     before = th.distributions.Distribution._validate_args
     try:
-        th.distributions.Distribution.set_default_validate_args(False)
+        th.distributions.Distribution.set_default_validate_args(before and device.type != "cpu")
         yield
     except RuntimeError as error:
         # Of the categorical and of Bernoulli's distribution
@@ -134,8 +136,9 @@ class TorchActor:
     def sample(self, observations: Array | dict[str, Array], policy_inputs: dict[str, Array]) -> Array:
         inputs: dict[str, Any] = policy_inputs
         policy: Any = self.policy
-        tensor = obs_as_tensor(observations, policy.device)
-        with th.inference_mode(), unvalidated():
+        device = policy.device
+        tensor = obs_as_tensor(observations, device)
+        with th.inference_mode(), unvalidated(device):
             base = ActorCriticPolicy if isinstance(policy, ActorCriticPolicy) else MaskableActorCriticPolicy
             if overridden_methods(policy, base, ("forward", "extract_features")):
                 # Somebody samples in a way of his own, or extracts features so, which `get_distribution` leaves out
@@ -382,7 +385,7 @@ def overridden_methods(policy: nn.Module | type[nn.Module], base: type[nn.Module
 
 
 def _reason_against_layers(policy: ActorCriticPolicy) -> str | None:
-    """The part of :func:`reason_against_numpy` that can change while a policy exists."""
+    """The part of :func:`reason_against_numpy` that is about modules."""
     extractor: Any = policy.pi_features_extractor
     if type(extractor) is not FlattenExtractor:
         return f"the features extractor is a {type(extractor).__name__}"

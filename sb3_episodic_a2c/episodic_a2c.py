@@ -38,6 +38,7 @@ from sb3_episodic_a2c.faults import (
     restore_statistics,
     resynchronize,
     statistics_of,
+    torch_settings_kept,
     uninterrupted,
     watch_workers,
 )
@@ -699,9 +700,8 @@ class EpisodicA2C(OnPolicyAlgorithm):
             saved and used; the next call resets the environments
         """
         n_finished = 0 if reset_num_timesteps else self._episode_num
-        is_grad_enabled = th.is_grad_enabled()
         try:
-            with watch_workers(self.env):
+            with torch_settings_kept(), watch_workers(self.env):
                 super().learn(
                     total_timesteps=total_timesteps,
                     callback=callback,
@@ -711,8 +711,6 @@ class EpisodicA2C(OnPolicyAlgorithm):
                     progress_bar=progress_bar,
                 )
         except BaseException as error:
-            # Ctrl-C that comes while `no_grad` begins would leave gradients off for good
-            th.set_grad_enabled(is_grad_enabled)
             self._break_off(error)
             raise
         # A `train` of somebody's own does not know of it

@@ -78,8 +78,8 @@ def _parameters(linear_layers: list[nn.Linear]) -> list[th.Tensor]:
 # ---------------------------------------------------------------------- which policies
 
 
-OF_TRAINING = {"evaluate_actions", "forward_critic"}
-"""Methods that are called in training only, where somebody may have put another one on the object itself."""
+BYPASSED_METHODS = ("evaluate_actions", "predict_values", "set_training_mode", "train")
+"""Methods of a policy that are not called where it has plain networks."""
 
 
 class _Activation(NamedTuple):
@@ -133,14 +133,14 @@ def find_plain_networks(policy: ActorCriticPolicy, reason_against_numpy: str | N
     """
     if (
         reason_against_numpy is not None
-        or overridden_methods(policy, ActorCriticPolicy, ("evaluate_actions", "predict_values"))
+        or overridden_methods(policy, ActorCriticPolicy, BYPASSED_METHODS)
         or type(policy.action_dist) not in (CategoricalDistribution, DiagGaussianDistribution)
         # Those of actor and critic may have been replaced, `features_extractor` alone too
         or not policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
     ):
         return None
     extractor: Any = policy.mlp_extractor
-    if type(extractor) is not MlpExtractor or not OF_TRAINING.isdisjoint([*policy.__dict__, *extractor.__dict__]):
+    if type(extractor) is not MlpExtractor or "forward_critic" in extractor.__dict__:
         return None
     policy_net, value_net = extractor.policy_net, extractor.value_net
     if type(value_net) is not nn.Sequential or _has_hooks(policy_net) or _has_hooks(value_net):

@@ -55,6 +55,21 @@ def _held_back(signal_number: signal.Signals) -> Iterator[None]:
             handler(*arrived[-1])
 
 
+@contextmanager
+def torch_settings_kept() -> Iterator[None]:
+    """
+    Put back what others set for a while, as Ctrl-C may come while they do: whether there are gradients, and whether
+    distributions check their arguments.
+    """
+    is_grad_enabled, validates = th.is_grad_enabled(), th.distributions.Distribution._validate_args
+    try:
+        yield
+    except BaseException:
+        th.set_grad_enabled(is_grad_enabled)
+        th.distributions.Distribution.set_default_validate_args(validates)
+        raise
+
+
 def add_note(error: BaseException, note: str) -> None:
     """
     :param error: The error, which keeps its type

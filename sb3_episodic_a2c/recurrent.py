@@ -131,7 +131,7 @@ class RecurrentEpisodicA2C(EpisodicA2C):
     ) -> np.ndarray:
         policy = self.policy
         assert self._lstm_states is not None and self._last_episode_starts is not None
-        with th.inference_mode(), unvalidated():
+        with th.inference_mode(), unvalidated(self.device):
             states_pi, states_vf = self._lstm_states
             if self._last_episode_starts.any():
                 is_start = th.as_tensor(self._last_episode_starts, dtype=th.bool, device=self.device).view(1, -1, 1)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -403,8 +404,51 @@ def test_distributions_check_their_arguments_except_while_collecting() -> None:
     model.policy.get_distribution = watched  # type: ignore[method-assign]
     model.learn(50)
     assert checks == [False] * 50
+    logits_of_nan = th.tensor([np.nan, 0.0])
     with pytest.raises(ValueError, match="constraint"):
-        th.distributions.Categorical(logits=th.tensor([np.nan, 0.0]))
+        th.distributions.Categorical(logits=logits_of_nan)
+    # Nor after a sample that was refused
+    with pytest.raises(ValueError, match="too large"):
+        model._actor.sample(np.full((1, 4), np.nan, np.float32), {})
+    with pytest.raises(ValueError, match="constraint"):
+        th.distributions.Categorical(logits=logits_of_nan)
+
+
+class Steps(gym.Env):
+    """Remembers its actions, ``(2, 2)`` numbers."""
+
+    observation_space = spaces.Box(-1, 1, (3,))
+    action_space = spaces.Box(np.array([[-1, -2], [-0.1, -4]], np.float32), np.array([[0.5, 1], [2, 0]], np.float32))
+
+    def __init__(self) -> None:
+        self.actions: list[np.ndarray] = []
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.actions.append(action.copy())
+        return np.zeros(3, np.float32), 1.0, len(self.actions) % 20 == 0, False, {}
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("choice", ["numpy", "torch"])
+def test_actions_are_clipped_in_each_of_their_dimensions(choice: Any, n_envs: int) -> None:
+    envs = [Steps() for _ in range(n_envs)]
+    env = vectorized(lambda index: envs[index], n_envs)
+    model = EpisodicA2C(
+        "MlpPolicy", env, learning_rate=0.0, actor=choice, policy_kwargs={"log_std_init": 1.0}, device="cpu", seed=0
+    )
+    sampled: list[np.ndarray] = []
+    model.learn(60 * n_envs, callback=lambda locals_, _: sampled.append(locals_["actions"]) or True)
+    assert sampled[0].shape == (n_envs, 2, 2)
+    for index, env in enumerate(envs):
+        expected = np.stack([np.clip(actions[index], env.action_space.low, env.action_space.high) for actions in sampled])
+        np.testing.assert_array_equal(np.stack(env.actions), expected)
+    # All limits were met
+    flat = np.concatenate([env.actions for env in envs])
+    assert (flat.max(axis=0) == Steps.action_space.high).all() and (flat.min(axis=0) == Steps.action_space.low).all()
+    assert np.stack(sampled).std(axis=(0, 1)) == pytest.approx(np.e, rel=0.3)
 
 
 class OwnExtractor(FlattenExtractor):

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control import CartPoleEnv
 from PIL import Image
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
@@ -202,6 +204,21 @@ def test_bench_measures_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFi
     assert len([line for line in output.splitlines() if line.startswith("| CartPole-v1 | 2 |")]) == 4
     assert main(["bench", "--repeats", "0"]) == 1
     assert "`--repeats` is 0" in capsys.readouterr().err
+
+
+class NeverRendered(CartPoleEnv):
+    """Its constructor knows no `render_mode`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+def test_bench_asks_for_no_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LunarLander keeps particles for them, which make its physics slower and slower."""
+    assert benchmark.make_env("LunarLander-v3", 1).render_mode is None
+    spec = gym.envs.registration.EnvSpec("NeverRendered-v0", entry_point=NeverRendered)
+    monkeypatch.setitem(gym.registry, "NeverRendered-v0", spec)
+    assert benchmark.make_env("NeverRendered-v0", 2).num_envs == 2
 
 
 @pytest.mark.filterwarnings("ignore:No episode ended")

@@ -445,6 +445,7 @@ def work():
         time.sleep(0.01)
     # A worker takes seconds to import this
     from sb3_episodic_a2c.tools.cells import train_cell
+    print("imported", flush=True)
     train_cell(None)
     print("went on", flush=True)
     os._exit(0)
@@ -468,7 +469,7 @@ def test_a_worker_sees_that_the_command_was_killed_while_it_started(tmp_path: Pa
         assert process.stdout.readline() == "at work\n"
         process.kill()
         # It has an end when the worker is gone, too
-        assert process.communicate(timeout=100)[0] == ""
+        assert process.communicate(timeout=100)[0] == "imported\n"
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -476,7 +477,7 @@ def test_a_worker_sees_that_the_command_was_killed_while_it_started(tmp_path: Pa
 
 def test_leftovers_go_with_the_process_that_was_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker of a command that was killed may outlive it for a while, into the next one."""
-    with subprocess.Popen(["sleep", "1000"]) as process:
+    with subprocess.Popen(["sleep", "100"]) as process:
 
         class Parting(CartPoleEnv):
             def reset(self, **kwargs: Any) -> Any:

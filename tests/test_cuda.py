@@ -11,6 +11,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_episodic_a2c import EpisodicA2C, RecurrentEpisodicA2C, load_checkpoint
 from sb3_episodic_a2c.tools.benchmark import IMAGE_ENV, make_env
+from tests.envs import ACTION_SPACES, TargetEnv, vectorized
 from tests.test_checkpoints import SETTINGS, CheckpointEveryUpdate, assert_same, make_model, state_of
 
 pytestmark = [
@@ -49,6 +50,15 @@ def test_numpy_actor_follows_the_parameters(fused: bool) -> None:
     callback = CompareActors()
     model.learn(3_000, callback=callback)
     assert callback.n_compared > 100 and model._n_updates >= 5
+
+
+def test_nan_leaves_the_gpu_usable() -> None:
+    """What a GPU samples from is checked before: its own check would end all use of it."""
+    env = vectorized(lambda _: TargetEnv(action_space=ACTION_SPACES["multi_binary"]), 1)
+    model = EpisodicA2C("MlpPolicy", env, actor="torch", device="cuda", seed=0)
+    with pytest.raises(ValueError):
+        model._actor.sample(np.full((1, *env.observation_space.shape), np.nan, np.float32), {})
+    assert model.learn(50)._n_updates > 0
 
 
 def test_solves_cartpole() -> None:

@@ -119,6 +119,11 @@ class OwnValues(ActorCriticPolicy):
         return 2 * super().predict_values(obs)
 
 
+class OwnModes(ActorCriticPolicy):
+    def set_training_mode(self, mode: bool) -> None:
+        super().set_training_mode(mode)
+
+
 def replace_critic(policy: Any) -> None:
     policy.mlp_extractor.value_net = Residual(*policy.mlp_extractor.value_net)
 
@@ -156,6 +161,7 @@ def test_the_rest_is_left_to_the_policy(change: Callable[[Any], Any]) -> None:
     [
         (OwnEvaluation, {}),
         (OwnValues, {}),
+        (OwnModes, {}),
         (SharedMlpPolicy, {}),
         (MaskableActorCriticPolicy, {}),
         (ActorCriticPolicy, {"activation_fn": nn.ELU}),

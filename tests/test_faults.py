@@ -409,10 +409,11 @@ def test_ctrl_c_at_random_moments(algorithm: type[EpisodicA2C], tmp_path: Path) 
 
 @for_all
 def test_ctrl_c_while_gradients_are_off(algorithm: type[EpisodicA2C], tmp_path: Path) -> None:
-    """As it may come between the first instruction of `no_grad` and the block."""
+    """As it may come between the first instruction of `no_grad` and the block. The same for the checks of distributions."""
 
     def press() -> None:
         th.set_grad_enabled(False)
+        th.distributions.Distribution.set_default_validate_args(False)
         press_ctrl_c()
 
     model, last_update = fragile_model(algorithm), LastUpdate(at_step=200, call=press)
@@ -420,8 +421,11 @@ def test_ctrl_c_while_gradients_are_off(algorithm: type[EpisodicA2C], tmp_path: 
         with pytest.raises(KeyboardInterrupt):
             model.learn(10**6, callback=last_update)
         assert th.is_grad_enabled()
+        with pytest.raises(ValueError, match="constraint"):
+            th.distributions.Bernoulli(th.tensor([2.0]))
     finally:
         th.set_grad_enabled(True)
+        th.distributions.Distribution.set_default_validate_args(True)
     assert_usable(model, last_update, tmp_path)
 
 

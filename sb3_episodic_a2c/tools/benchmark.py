@@ -30,7 +30,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_episodic_a2c
 from sb3_episodic_a2c import EpisodicA2C, RecurrentEpisodicA2C
-from sb3_episodic_a2c.tools.record import NOT_RENDERED
+from sb3_episodic_a2c.tools.record import without_images
 
 IMAGE_ENV = "images-84x84x4"
 DEFAULT_ENVS = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "LunarLander-v3", IMAGE_ENV)
@@ -119,7 +119,7 @@ def make_env(env_id: str, n_envs: int) -> VecEnv:
     """
     if env_id == IMAGE_ENV:
         return make_vec_env(ImageEnv, n_envs, seed=0)
-    return make_vec_env(env_id, n_envs, seed=0, env_kwargs=NOT_RENDERED)
+    return make_vec_env(without_images(env_id), n_envs, seed=0)
 
 
 def make_model(name: str, env: VecEnv) -> BaseAlgorithm:

@@ -1,9 +1,12 @@
 """Play greedy episodes of a saved model and write them as a GIF at the environment's own frame rate."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import sb3_contrib
 import stable_baselines3
@@ -16,9 +19,14 @@ import sb3_episodic_a2c
 DEFAULT_FPS = 30.0
 """For environments that name no ``render_fps``."""
 
-NOT_RENDERED: dict[str, Any] = {"render_mode": None}
-"""``env_kwargs`` of ``make_vec_env`` where nobody looks at the environments. Else SB3 asks for images, and LunarLander adds a
-particle to its physics at every thrust, which only ``render`` removes: long episodes get ten times slower."""
+
+def without_images(env_id: str) -> Callable[..., gym.Env]:
+    """
+    :param env_id: Id of an environment that nobody looks at
+    :return: What ``make_vec_env`` makes it with. Given the id, SB3 asks for images, and LunarLander then adds a particle to
+        its physics at every thrust, which only ``render`` removes: long episodes get ten times slower
+    """
+    return partial(gym.make, env_id)
 
 
 def play_episodes(

@@ -300,10 +300,12 @@ def summarize_overall(summaries: Sequence[Summary], scale: dict[str, Scale], rng
     result = []
     for algorithm in algorithms:
         moments = {metric: statistics.mean_and_std(np.concatenate(strata(algorithm, metric))) for metric in METRICS}
-        probability = {
-            metric: statistics.probability_of_improvement(strata(algorithms[0], metric), strata(algorithm, metric))
-            for metric in METRICS
-        }
+        probability = None
+        if algorithm != algorithms[0]:
+            probability = {
+                metric: statistics.probability_of_improvement(strata(algorithms[0], metric), strata(algorithm, metric))
+                for metric in METRICS
+            }
         result.append(
             Overall(
                 algorithm=algorithm,
@@ -312,7 +314,7 @@ def summarize_overall(summaries: Sequence[Summary], scale: dict[str, Scale], rng
                 iqm={metric: statistics.stratified_iqm(strata(algorithm, metric), rng) for metric in METRICS},
                 mean={metric: mean for metric, (mean, _) in moments.items()},
                 std={metric: std for metric, (_, std) in moments.items()},
-                probability=probability if algorithm != algorithms[0] else None,
+                probability=probability,
             )
         )
     return result

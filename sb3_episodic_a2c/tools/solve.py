@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_episodic_a2c import EpisodicA2C, ResumableCheckpointCallback, notebook_preset, resume
 from sb3_episodic_a2c.callbacks import EpisodeProgressCallback, SolvedAt, StopTrainingOnSolved
 from sb3_episodic_a2c.files import atomic_write
-from sb3_episodic_a2c.tools.record import NOT_RENDERED, record_gif
+from sb3_episodic_a2c.tools.record import record_gif, without_images
 
 try:
     import fcntl
@@ -131,7 +131,7 @@ def solve(
     folder, lock = _open_folder(settings, output, fresh)
 
     def make_env(first_index: int) -> VecEnv:
-        return make_vec_env(env_id, n_envs, seed, start_index=first_index, monitor_dir=str(folder), env_kwargs=NOT_RENDERED)
+        return make_vec_env(without_images(env_id), n_envs, seed, first_index, monitor_dir=str(folder))
 
     # Whatever happens, the folder is free again afterwards
     with lock:
