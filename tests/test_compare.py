@@ -718,8 +718,10 @@ def test_matched_a2c_is_a_row_of_its_own(tmp_path: Path) -> None:
     model = A2C.load(Path(frame["folder"].iloc[0]) / "CartPole-v1.zip")
     ours = EpisodicA2C("MlpPolicy", "CartPole-v1")
     assert type(model.policy.optimizer) is type(ours.policy.optimizer) is th.optim.Adam
-    for name in ("lr", "eps", "betas", "weight_decay"):
+    for name in ("eps", "betas", "weight_decay"):
         assert model.policy.optimizer.param_groups[0][name] == ours.policy.optimizer.param_groups[0][name]
+    # That of our file, lin_0.003
+    assert [model.lr_schedule(progress) for progress in (1.0, 0.5)] == pytest.approx([0.003, 0.0015])
     assert model.n_envs == 1
 
 
