@@ -195,13 +195,15 @@ class NumpyActor:
         self._shares_memory = _is_shareable(modules[-1])
         self._fingerprint = self._take_fingerprint()
 
-        self._layers = _numpy_layers(modules[:-1])
-        (self._action_net,) = _numpy_layers(modules[-1:])
+        self._layers = numpy_layers(modules[:-1])
+        self._action_net = numpy_layers(modules[-1:])
         self._starts_with_activation = not isinstance(modules[0], nn.Linear)
         # Of as many dimensions as a batch of actions: NumPy is twice as slow where these differ
         self._log_std = None if log_std is None else _to_numpy(log_std)[None]
         self._sample, self._draw = self._make_sampler()
-        self._is_continuous = isinstance(self.policy.action_space, spaces.Box)
+        action_space = self.policy.action_space
+        self._is_continuous = isinstance(action_space, spaces.Box)
+        self._action_shape = action_space.shape if self._is_continuous and len(action_space.shape) != 1 else None  # type: ignore[arg-type]
         # Noise that was drawn ahead is dropped, so that a rollout depends on the generator's state at its start only
         self._noise_left: list[Array] = []
 
@@ -229,16 +231,8 @@ class NumpyActor:
         if hidden.dtype != np.float32 or self._starts_with_activation:
             # In the latter case a copy: the activation writes into it
             hidden = hidden.astype(np.float32)
-        for weight, bias, activation in self._layers:
-            if weight is not None:
-                hidden = hidden.dot(weight)
-                hidden += bias
-            if activation is not None:
-                hidden = activation(hidden, hidden)
-        weight, bias, _ = self._action_net
-        output = hidden.dot(weight)
-        output += bias
-        return hidden, output.reshape(n, -1)
+        hidden = run_layers(self._layers, hidden)
+        return hidden, run_layers(self._action_net, hidden).reshape(n, -1)
 
     def sample(self, observations: Array | dict[str, Array], policy_inputs: dict[str, Array]) -> Array:
         assert isinstance(observations, np.ndarray)
@@ -322,8 +316,7 @@ class NumpyActor:
 
     def _as_actions(self, flat_actions: Array) -> Array:
         """In the shape of the action space, from ``(n, action_dim)``."""
-        shape: Any = self.policy.action_space.shape
-        return flat_actions if len(shape) == 1 else flat_actions.reshape(-1, *shape)
+        return flat_actions if self._action_shape is None else flat_actions.reshape(-1, *self._action_shape)
 
 
 SAMPLERS: dict[type[Distribution], tuple[Callable[..., Array], Callable[..., Array]]] = {
@@ -445,8 +438,11 @@ Layer = tuple[Array | None, Array | None, Activation | None]
 """``(weight (n_in, n_out), bias (n_out,), activation)``: no weight and bias for an activation that follows no linear layer."""
 
 
-def _numpy_layers(modules: list[nn.Module]) -> list[Any]:
-    """Linear layers with the activations that follow them, as :data:`Layer` each."""
+def numpy_layers(modules: list[nn.Module]) -> list[Layer]:
+    """
+    :param modules: Linear layers and activations
+    :return: The linear layers with the activations that follow them. Their arrays share the memory of parameters on the CPU
+    """
     layers: list[Layer] = []
     for module in modules:
         if isinstance(module, nn.Linear):
@@ -461,6 +457,21 @@ def _numpy_layers(modules: list[nn.Module]) -> list[Any]:
         else:
             layers.append((None, None, activation))
     return layers
+
+
+def run_layers(layers: list[Layer], hidden: Array) -> Array:
+    """
+    :param layers: The layers
+    :param hidden: ``(n, n_in)`` or ``(n_in,)`` float32. An activation that comes first writes into it
+    :return: The output of the last one, ``(n, n_out)`` or ``(n_out,)``
+    """
+    for weight, bias, activation in layers:
+        if weight is not None:
+            hidden = hidden.dot(weight)
+            hidden += bias
+        if activation is not None:
+            hidden = activation(hidden, hidden)
+    return hidden
 
 
 # Functions with a name, so that a model can be pickled

@@ -530,11 +530,14 @@ def _cut(episode_lengths: np.ndarray, batch_size: int | None, whole_episodes: bo
     :param whole_episodes: Whether to cut between episodes only. One longer than ``batch_size`` is then a batch of its own
     :return: The transitions of each batch, and the lengths of the episodes, or pieces of them, that it consists of
     """
-    episode_ends = np.cumsum(episode_lengths)
+    episode_ends = episode_lengths.cumsum()
     n_transitions = int(episode_ends[-1])
+    if batch_size is None or batch_size >= n_transitions:
+        yield slice(0, n_transitions), episode_lengths
+        return
     start = 0
     while start < n_transitions:
-        end = min(start + batch_size, n_transitions) if batch_size else n_transitions
+        end = min(start + batch_size, n_transitions)
         if whole_episodes:
             # The last episode that fits, or the first one if none does
             n_fitting = np.searchsorted(episode_ends, end, side="right")

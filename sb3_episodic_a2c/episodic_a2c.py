@@ -18,7 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
-from stable_baselines3.common.utils import explained_variance, obs_as_tensor
+from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 from torch import nn
@@ -26,7 +26,7 @@ from torch import nn
 from sb3_episodic_a2c.actors import ActorChoice, make_actor, reason_against_numpy
 from sb3_episodic_a2c.buffers import EpisodicRolloutBuffer
 from sb3_episodic_a2c.checks import PartialEpisodes, check_arguments, check_spaces
-from sb3_episodic_a2c.evaluation import evaluate_actions, find_plain_networks, predict_values
+from sb3_episodic_a2c.evaluation import PlainNetworks, evaluate_actions, find_plain_networks, predict_values
 from sb3_episodic_a2c.faults import (
     NormalizeStatistics,
     add_note,
@@ -260,6 +260,10 @@ class EpisodicA2C(OnPolicyAlgorithm):
         self._normalize_statistics: NormalizeStatistics | None = None
         """Those of VecNormalize when the rollout began."""
         self._maybe_recommend_cpu()
+        self._action_bounds: tuple[np.ndarray, np.ndarray] | None = None
+        """``(1, *action_shape)`` each, as NumPy is twice as slow where numbers of dimensions differ; None if not of a Box."""
+        if isinstance(self.action_space, spaces.Box):
+            self._action_bounds = self.action_space.low[None], self.action_space.high[None]
         self._setup_actor()
         self._plain_networks = find_plain_networks(self.policy, reason_against_numpy(self.policy))
 
@@ -278,9 +282,14 @@ class EpisodicA2C(OnPolicyAlgorithm):
             self._setup_actor()
         self._plain_networks = find_plain_networks(self.policy, reason)
 
+    def _own_networks(self) -> PlainNetworks | None:
+        """The plain networks of the policy, unless another was put in its place since the rollout began."""
+        networks = self._plain_networks
+        return networks if networks is not None and networks.policy is self.policy else None
+
     def _has_modes(self) -> bool:
         """Whether the policy may do something else in training, or take note of what it sees, as batch norm does."""
-        return self._plain_networks is None or self._plain_networks.policy is not self.policy
+        return self._own_networks() is None
 
     def set_random_seed(self, seed: int | None = None) -> None:
         super().set_random_seed(seed)
@@ -327,7 +336,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
         :param env_indices: ``(n,)`` the environments that they come from
         :return: ``(n,)`` values, in the critic's units
         """
-        return predict_values(self.policy, obs_as_tensor(observations, self.device), self._plain_networks).cpu().numpy()
+        return predict_values(self.policy, observations, self._own_networks())
 
     def _evaluate_actions(self, samples: EpisodicRolloutBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """
@@ -336,7 +345,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
         :param samples: ``n`` transitions
         :return: Values, log-probabilities and entropies (None where they have no analytical form), ``(n,)`` each
         """
-        return evaluate_actions(self.policy, samples, self._plain_networks)
+        return evaluate_actions(self.policy, samples, self._own_networks())
 
     # ------------------------------------------------------------------ collecting
 
@@ -451,13 +460,14 @@ class EpisodicA2C(OnPolicyAlgorithm):
 
     def _to_env_actions(self, actions: np.ndarray) -> np.ndarray:
         """The actions, as sampled from the distribution, that an environment accepts."""
-        if not isinstance(self.action_space, spaces.Box):
+        if self._action_bounds is None:
             return actions
         if self.policy.squash_output:
             # Unscale the actions to match env bounds if they were previously squashed (scaled in [-1, 1])
             return self.policy.unscale_action(actions)
-        # A Gaussian is unbounded. With as many dimensions as the actions: NumPy is twice as slow where these differ
-        return np.minimum(np.maximum(actions, self.action_space.low[None]), self.action_space.high[None])
+        # A Gaussian is unbounded
+        low, high = self._action_bounds
+        return np.minimum(np.maximum(actions, low), high)
 
     def _terminal_values(self, infos: list[dict[str, Any]], env_indices: np.ndarray) -> np.ndarray:
         """
@@ -573,7 +583,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
 
             values.append(batch_values.detach())
             log_probs.append(log_prob.detach())
-            losses.append(th.stack(batch_losses).detach())
+            losses.append([batch_loss.detach() for batch_loss in batch_losses])
 
         self._step_optimizer([parameter for parameter in parameters if parameter.grad is not None])
 
@@ -581,10 +591,9 @@ class EpisodicA2C(OnPolicyAlgorithm):
         self.rollout_buffer.set_evaluations(values_array, _concatenate(log_probs))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/explained_variance", explained_variance(values_array, self.rollout_buffer.returns[:, 0]))
-        summed_losses = th.stack(losses).sum(dim=0).tolist()
-        for name, summed_loss in zip(("policy_loss", "value_loss", "entropy_loss"), summed_losses, strict=True):
+        for name, of_batches in zip(("policy_loss", "value_loss", "entropy_loss"), zip(*losses, strict=True), strict=True):
             # Per transition, so that curves of episodes of different length compare
-            self.logger.record(f"train/{name}", summed_loss / n_transitions)
+            self.logger.record(f"train/{name}", sum(batch_loss.item() for batch_loss in of_batches) / n_transitions)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
 
@@ -819,7 +828,8 @@ class EpisodicA2C(OnPolicyAlgorithm):
             raise
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_actor", "_plain_networks", "_before_update", "_normalize_statistics"]
+        own = ["_actor", "_plain_networks", "_before_update", "_normalize_statistics", "_action_bounds"]
+        return [*super()._excluded_save_params(), *own]
 
     def _in_flight_params(self) -> list[str]:
         """Names of the attributes that belong to episodes in flight, and are of no use without their environments."""

@@ -75,7 +75,7 @@ def test_values_and_gradients_are_autograds(
     networks = find_plain(policy)
     assert networks is not None
 
-    values = predict_values(policy, samples.observations, networks)
+    values = predict_values(policy, samples.observations.numpy(), networks)
     with th.no_grad():
         expected_values = policy.predict_values(samples.observations).flatten()
     np.testing.assert_allclose(values, expected_values, rtol=1e-5, atol=1e-5 * max(1.0, float(expected_values.abs().max())))
