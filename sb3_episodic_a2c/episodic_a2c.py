@@ -595,7 +595,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
             # Per transition, so that curves of episodes of different length compare
             self.logger.record(f"train/{name}", sum(batch_loss.item() for batch_loss in of_batches) / n_transitions)
         if hasattr(self.policy, "log_std"):
-            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+            self.logger.record("train/std", float(np.exp(self.policy.log_std.numpy(force=True)).mean()))
 
     def _pass_size(self) -> int | None:
         """The most transitions in one forward/backward pass; None for all."""
