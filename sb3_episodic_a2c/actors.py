@@ -404,6 +404,11 @@ def _reason_against_layers(policy: ActorCriticPolicy) -> str | None:
             return "its parameters are not float32"
     if type(policy.action_net) is not nn.Linear:
         return f"`action_net` is a {type(policy.action_net).__name__}"
+    if type(policy.action_dist) is DiagGaussianDistribution:
+        # Not in a buffer, say, or computed anew from something else at every look
+        log_std = policy._parameters.get("log_std")
+        if log_std is None or log_std.dtype != th.float32:
+            return "`log_std` is not a float32 parameter"
     return None
 
 

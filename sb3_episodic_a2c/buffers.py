@@ -532,7 +532,7 @@ def _cut(episode_lengths: np.ndarray, batch_size: int | None, whole_episodes: bo
     """
     episode_ends = episode_lengths.cumsum()
     n_transitions = int(episode_ends[-1])
-    if batch_size is None or batch_size >= n_transitions:
+    if not batch_size or batch_size >= n_transitions:
         yield slice(0, n_transitions), episode_lengths
         return
     start = 0

@@ -283,9 +283,9 @@ class EpisodicA2C(OnPolicyAlgorithm):
         self._plain_networks = find_plain_networks(self.policy, reason)
 
     def _own_networks(self) -> PlainNetworks | None:
-        """The plain networks of the policy, unless another was put in its place since the rollout began."""
+        """The plain networks of the policy, unless it or a layer was replaced since the rollout began."""
         networks = self._plain_networks
-        return networks if networks is not None and networks.policy is self.policy else None
+        return networks if networks is not None and networks.belong_to(self.policy) else None
 
     def _has_modes(self) -> bool:
         """Whether the policy may do something else in training, or take note of what it sees, as batch norm does."""

@@ -43,7 +43,7 @@ def evaluate_actions(
     if networks is None or samples.policy_inputs:
         values, log_prob, entropy = policy.evaluate_actions(samples.observations, samples.actions, **samples.policy_inputs)
         return values.flatten(), log_prob, entropy
-    log_std = policy._parameters.get("log_std")
+    log_std = policy.log_std if type(policy.action_dist) is DiagGaussianDistribution else None
     return _Evaluation.apply(
         _flat(samples.observations), samples.actions, log_std, networks.activations, *_parameters(networks)
     )
@@ -63,8 +63,10 @@ def predict_values(
     if networks is None or not isinstance(observations, np.ndarray):
         with th.no_grad():
             return policy.predict_values(obs_as_tensor(observations, policy.device)).flatten().cpu().numpy()
-    hidden = observations.reshape(len(observations), -1).astype(np.float32)
-    return run_layers(numpy_layers(networks.critic), hidden).reshape(-1)
+    # Whoever asked looks whether they are finite
+    with np.errstate(all="ignore"):
+        hidden = observations.reshape(len(observations), -1).astype(np.float32)
+        return run_layers(numpy_layers(networks.critic), hidden).reshape(-1)
 
 
 def _flat(observations: th.Tensor | TensorDict) -> th.Tensor:
@@ -132,6 +134,10 @@ class PlainNetworks(NamedTuple):
     activations: tuple[list[_Activation], list[_Activation]]
     """Of the actor and of the critic, one fewer than linear layers each."""
 
+    def belong_to(self, policy: ActorCriticPolicy) -> bool:
+        """Whether neither the policy nor one of its layers was replaced since they were found."""
+        return self.policy is policy and (self.actor, self.critic) == _layers_of(policy)
+
 
 def find_plain_networks(policy: ActorCriticPolicy, reason_against_numpy: str | None) -> PlainNetworks | None:
     """
@@ -150,12 +156,16 @@ def find_plain_networks(policy: ActorCriticPolicy, reason_against_numpy: str | N
     ):
         return None
     extractor: Any = policy.mlp_extractor
-    if type(extractor) is not MlpExtractor or "forward_critic" in extractor.__dict__:
+    networks = _layers_of(policy)
+    if (
+        networks is None
+        or "forward_critic" in extractor.__dict__
+        or any(
+            _has_hooks(module) for module in (policy.features_extractor, extractor, extractor.policy_net, extractor.value_net)
+        )
+        or (type(policy.action_dist) is DiagGaussianDistribution and not policy.log_std.is_cpu)
+    ):
         return None
-    policy_net, value_net = extractor.policy_net, extractor.value_net
-    if type(value_net) is not nn.Sequential or _has_hooks(policy_net) or _has_hooks(value_net):
-        return None
-    networks = [*policy_net, policy.action_net], [*value_net, policy.value_net]
     for network in networks:
         if not (
             all(type(module) is nn.Linear and _is_plain(module) for module in network[::2])
@@ -165,6 +175,14 @@ def find_plain_networks(policy: ActorCriticPolicy, reason_against_numpy: str | N
             return None
     actor_activations, critic_activations = ([ACTIVATIONS[type(module)] for module in network[1::2]] for network in networks)
     return PlainNetworks(policy, *networks, (actor_activations, critic_activations))
+
+
+def _layers_of(policy: ActorCriticPolicy) -> tuple[list[Any], list[Any]] | None:
+    """The modules of the actor and of the critic behind the flat observation, if they are in a row."""
+    extractor: Any = policy.mlp_extractor
+    if type(extractor) is not MlpExtractor or not (type(extractor.policy_net) is type(extractor.value_net) is nn.Sequential):
+        return None
+    return [*extractor.policy_net, policy.action_net], [*extractor.value_net, policy.value_net]
 
 
 def _is_plain(layer: nn.Linear) -> bool:
@@ -195,7 +213,10 @@ BackpropagateHead = Callable[[Array | None, Array | None], tuple[Array | None, A
 class _Evaluation(th.autograd.Function):
     """Evaluations by two plain networks, for a categorical distribution, or with ``log_std`` a diagonal Gaussian one."""
 
+    # A loss or a gradient that is not finite is refused later, and says so
+
     @staticmethod
+    @np.errstate(all="ignore")
     def forward(
         ctx: Any,
         observations: th.Tensor,
@@ -208,12 +229,10 @@ class _Evaluation(th.autograd.Function):
         actor_outputs = _run(observations, parameters[:n_actor], activations[0])
         critic_outputs = _run(observations, parameters[n_actor:], activations[1])
         output = actor_outputs.pop().numpy()
-        # A loss that is not finite is refused later, and says so
-        with np.errstate(over="ignore", invalid="ignore"):
-            if log_std is None:
-                log_prob, entropy, ctx.backpropagate_head = _evaluate_categorical(output, actions.numpy())
-            else:
-                log_prob, entropy, ctx.backpropagate_head = _evaluate_gaussian(output, actions.numpy(), log_std.numpy())
+        if log_std is None:
+            log_prob, entropy, ctx.backpropagate_head = _evaluate_categorical(output, actions.numpy())
+        else:
+            log_prob, entropy, ctx.backpropagate_head = _evaluate_gaussian(output, actions.numpy(), log_std.numpy())
         values = critic_outputs.pop().flatten()
         ctx.activations = activations
         ctx.set_materialize_grads(False)
@@ -222,6 +241,7 @@ class _Evaluation(th.autograd.Function):
 
     @staticmethod
     @th.autograd.function.once_differentiable
+    @np.errstate(all="ignore")
     def backward(
         ctx: Any, grad_values: th.Tensor | None, grad_log_prob: th.Tensor | None, grad_entropy: th.Tensor | None
     ) -> tuple[th.Tensor | None, ...]:
@@ -230,8 +250,7 @@ class _Evaluation(th.autograd.Function):
             list(islice(saved, len(activations) + 1)) for _ in range(2) for activations in ctx.activations
         )
         # None for what the loss does not depend on
-        with np.errstate(over="ignore", invalid="ignore"):
-            grad_output, grad_log_std = ctx.backpropagate_head(*map(_to_numpy, (grad_log_prob, grad_entropy)))
+        grad_output, grad_log_std = ctx.backpropagate_head(*map(_to_numpy, (grad_log_prob, grad_entropy)))
         grad_value = None if grad_values is None else grad_values[:, None]
         return (
             *(None, None, _to_torch(grad_log_std), None),
@@ -256,24 +275,26 @@ def _evaluate_categorical(logits: Array, actions: Array) -> tuple[Array, Array, 
     log_probs = np.ascontiguousarray(logits.T)
     log_probs = log_probs - log_probs.max(axis=0)
     log_probs -= np.log(np.exp(log_probs).sum(axis=0))
+    probs = np.exp(log_probs)
+    entropy = -(probs * log_probs).sum(axis=0)
     chosen = actions, np.arange(len(actions))
-    return log_probs[chosen], _entropy(np.exp(log_probs), log_probs), partial(_backpropagate_categorical, log_probs, chosen)
-
-
-def _entropy(probs: Array, log_probs: Array) -> Array:
-    return -(probs * log_probs).sum(axis=0)
+    return log_probs[chosen], entropy, partial(_backpropagate_categorical, log_probs, probs, entropy, chosen)
 
 
 def _backpropagate_categorical(
-    log_probs: Array, chosen: tuple[Array, Array], grad_log_prob: Array | None, grad_entropy: Array | None
+    log_probs: Array,
+    probs: Array,
+    entropy: Array,
+    chosen: tuple[Array, Array],
+    grad_log_prob: Array | None,
+    grad_entropy: Array | None,
 ) -> tuple[Array | None, None]:
-    probs = np.exp(log_probs)
     grad_logits = None
     if grad_log_prob is not None:
         grad_logits = probs * -grad_log_prob
         grad_logits[chosen] += grad_log_prob
     if grad_entropy is not None:
-        of_entropy = -grad_entropy * probs * (log_probs + _entropy(probs, log_probs))
+        of_entropy = -grad_entropy * probs * (log_probs + entropy)
         grad_logits = of_entropy if grad_logits is None else grad_logits + of_entropy
     return None if grad_logits is None else grad_logits.T, None
 
@@ -281,7 +302,7 @@ def _backpropagate_categorical(
 def _evaluate_gaussian(means: Array, actions: Array, log_std: Array) -> tuple[Array, Array, BackpropagateHead]:
     """Of means and actions ``(n, action_dim)``."""
     std = np.exp(log_std)[:, None]
-    errors = (np.ascontiguousarray(actions.T) - means.T) / std
+    errors = (np.ascontiguousarray(actions.T, dtype=np.float32) - means.T) / std
     constants = log_std.sum() + np.float32(0.5 * math.log(2 * math.pi) * len(log_std))
     log_prob = np.square(errors).sum(axis=0) * np.float32(-0.5) - constants
     entropy = np.full(len(actions), constants + np.float32(0.5 * len(log_std)))

@@ -129,17 +129,87 @@ def samples(
     return np.concatenate(parts)
 
 
-def assert_frequencies(counts: np.ndarray, probabilities: np.ndarray) -> None:
+def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, int]:
+    """The statistic of Pearson's test, and its degrees of freedom."""
     assert counts[probabilities == 0].sum() == 0
-    expected = probabilities * counts.sum()
+    expected = probabilities / probabilities.sum() * counts.sum()
     # Rare ones are lumped together, as the test asks for
     rare = expected < 5
-    if rare.any():
-        counts = np.append(counts[~rare], counts[rare].sum())
-        expected = np.append(expected[~rare], expected[rare].sum())
-        counts, expected = counts[expected > 0], expected[expected > 0]
-    if len(counts) > 1:
-        assert stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue > 1e-4
+    counts = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    if expected[-1] < 5:
+        # Too few even together
+        counts, expected = counts[:-1], expected[:-1]
+    return float(((counts - expected) ** 2 / expected).sum()), max(len(counts) - 1, 0)
+
+
+def assert_frequencies(counts: np.ndarray, probabilities: np.ndarray) -> None:
+    statistic, freedom = chi_square(counts, probabilities)
+    if freedom > 0:
+        assert stats.chi2.sf(statistic, freedom) > 1e-4
+
+
+# sb3-contrib masks all but the last two
+MANY = [
+    *(spaces.Discrete(2), spaces.Discrete(7), spaces.MultiDiscrete([2, 4, 3]), spaces.MultiBinary(3)),
+    *(spaces.Box(-1, 1, (1,)), spaces.Box(-1, 1, (2, 2))),
+]
+
+
+@pytest.mark.parametrize(
+    "action_space, is_masked", [*((space, False) for space in MANY), *((space, True) for space in MANY[:-2])], ids=str
+)
+@pytest.mark.parametrize("choice", ["numpy", "torch"])
+def test_many_networks_and_observations(choice: Any, action_space: Any, is_masked: bool) -> None:
+    """One test over all of them: the sum of their statistics, or their standardised actions together."""
+    is_continuous = isinstance(action_space, spaces.Box)
+    policy_class = MaskableActorCriticPolicy if is_masked else ActorCriticPolicy
+    rng = np.random.default_rng(0)
+    total, freedom, standardised = 0.0, 0, []
+    for seed in range(30):
+        net_arch = {"pi": rng.integers(1, 20, rng.integers(0, 4)).tolist(), "vf": []}
+        activation = ACTIVATIONS[seed % len(ACTIVATIONS)]
+        policy = make_policy(action_space, BOX, policy_class, seed=seed, net_arch=net_arch, activation_fn=activation)
+        observations = rng.normal(size=(8, 3)).astype(np.float32)
+        inputs = {}
+        if is_masked:
+            inputs["action_masks"] = np.stack([draw_mask(action_space, rng) for _ in observations])
+        actor = make_actor(policy, choice, rng)
+        actions = np.stack([actor.sample(observations, inputs) for _ in range(200)])
+        distribution = policy.get_distribution(th.as_tensor(observations), **inputs)
+        if is_continuous:
+            normal = distribution.distribution
+            standardised.append((actions.reshape(200, 8, -1) - normal.mean.detach().numpy()) / normal.stddev.detach().numpy())
+            continue
+        for dimension, probabilities in enumerate(probabilities_of(distribution)):
+            of_dimension = actions.reshape(200, 8, -1)[:, :, dimension].astype(int)
+            for index in range(8):
+                counts = np.bincount(of_dimension[:, index], minlength=probabilities.shape[1])
+                statistic, own_freedom = chi_square(counts, probabilities[index])
+                total, freedom = total + statistic, freedom + own_freedom
+    if is_continuous:
+        assert stats.kstest(np.concatenate(standardised).ravel(), "norm").pvalue > 1e-4
+    else:
+        assert freedom > 50
+        assert stats.chi2.sf(total, freedom) > 1e-4
+
+
+def draw_mask(action_space: Any, rng: np.random.Generator) -> np.ndarray:
+    """In each dimension at least one action is valid."""
+    if isinstance(action_space, spaces.Discrete):
+        dims = [action_space.n]
+    else:
+        dims = action_space.nvec if isinstance(action_space, spaces.MultiDiscrete) else [2] * action_space.n
+    return np.concatenate([rng.permutation([True, *(rng.random(n - 1) < 0.5)]) for n in dims])
+
+
+def probabilities_of(distribution: Any) -> list[np.ndarray]:
+    """``(n, n_actions)`` for each dimension of the actions."""
+    of_torch = getattr(distribution, "distributions", None) or distribution.distribution
+    if isinstance(of_torch, th.distributions.Bernoulli):
+        ones = of_torch.probs.detach().numpy()
+        return [np.stack([1 - ones[:, dimension], ones[:, dimension]], axis=1) for dimension in range(ones.shape[1])]
+    return [one.probs.detach().numpy() for one in (of_torch if isinstance(of_torch, list) else [of_torch])]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -209,13 +279,13 @@ def test_gsde_actions_are_torchs(squash_output: bool, full_std: bool, n_envs: in
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("action_space", [spaces.Discrete(5), spaces.MultiDiscrete([2, 4, 3]), spaces.MultiBinary(3)], ids=str)
-def test_masked_frequencies(action_space: Any, seed: int) -> None:
+@pytest.mark.parametrize("choice", ["numpy", "torch"])
+def test_masked_frequencies(choice: Any, action_space: Any, seed: int) -> None:
     policy = make_policy(action_space, policy_class=MaskableActorCriticPolicy, seed=seed, net_arch=[8])
     rng = np.random.default_rng(seed)
     observation = rng.normal(size=3).astype(np.float32)
-    dims = {spaces.Discrete: [5], spaces.MultiDiscrete: [2, 4, 3], spaces.MultiBinary: [2, 2, 2]}[type(action_space)]
-    mask = np.concatenate([rng.permutation([True, *(rng.random(n - 1) < 0.5)]) for n in dims])
-    actions = samples(make_actor(policy, "numpy", rng), observation, {"action_masks": mask}).reshape(N_SAMPLES, -1)
+    mask = draw_mask(action_space, rng)
+    actions = samples(make_actor(policy, choice, rng), observation, {"action_masks": mask}).reshape(N_SAMPLES, -1)
     masked = policy.get_distribution(th.as_tensor(observation[None]), action_masks=mask[None])
     distributions = masked.distributions if hasattr(masked, "distributions") else [masked.distribution]
     start = 0
@@ -307,6 +377,35 @@ def test_the_next_action_sees_every_change(
     np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-5)
 
 
+def write_log_std(policy: Any) -> None:
+    with th.no_grad():
+        policy.log_std.fill_(-20)
+
+
+def replace_log_std(policy: Any) -> None:
+    policy.log_std = nn.Parameter(th.full((1,), -20.0))
+
+
+def replace_data_of_log_std(policy: Any) -> None:
+    policy.log_std.data = th.full((1,), -20.0)
+
+
+@pytest.mark.parametrize("is_on_another_device", [False, True])
+@pytest.mark.parametrize("change", [write_log_std, replace_log_std, replace_data_of_log_std])
+def test_the_next_action_sees_another_standard_deviation(
+    change: Any, is_on_another_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_on_another_device:
+        monkeypatch.setattr(actors, "_to_numpy", lambda tensor: tensor.detach().cpu().numpy().copy())
+        monkeypatch.setattr(actors, "_is_shareable", lambda action_net: False)
+    model = EpisodicA2C("MlpPolicy", "Pendulum-v1", seed=0, device="cpu")
+    observations = np.ones((50, 3), np.float32)
+    assert model._actor.name == "numpy"
+    assert model._sample_actions(observations, {}).std() == pytest.approx(1, rel=0.5)
+    change(model.policy)
+    assert model._sample_actions(observations, {}).std() < 1e-6
+
+
 def test_a_replaced_module_or_policy_is_seen_at_the_next_rollout(tmp_path: Any) -> None:
     model = EpisodicA2C("MlpPolicy", "CartPole-v1", seed=0, device="cpu").learn(100)
     model.policy.mlp_extractor.policy_net[0] = nn.Linear(4, 64)
@@ -390,6 +489,27 @@ def test_a_method_that_was_put_on_the_policy_is_called(name: str) -> None:
     setattr(model.policy, name, lambda *args, **kwargs: calls.append(1) or method(*args, **kwargs))
     model.learn(100)
     assert len(calls) >= 100
+
+
+@pytest.mark.parametrize("policy, observation", [("MlpPolicy", "box"), ("CnnPolicy", "image"), ("MultiInputPolicy", "dict")])
+@pytest.mark.parametrize("action", ["discrete", "box"])
+def test_the_torch_actor_runs_the_actor_alone(
+    policy: Any, observation: str, action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = vectorized(lambda _: TargetEnv(OBSERVATION_SPACES[observation], ACTION_SPACES[action]), 2)
+    model = EpisodicA2C(policy, env, actor="torch", device="cpu")
+    modes: list[bool] = []
+    model.policy.action_net.register_forward_hook(lambda module, x, y: modes.append(th.is_inference_mode_enabled()))
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("not needed for an action")
+
+    model.policy.value_net.register_forward_hook(refuse)
+    model.policy.mlp_extractor.value_net.register_forward_hook(refuse)
+    monkeypatch.setattr(type(model.policy.action_dist), "log_prob", refuse)
+    assert model.env is not None
+    assert len(model._sample_actions(model.env.reset(), {})) == 2  # type: ignore[arg-type]
+    assert modes == [True]
 
 
 def test_distributions_check_their_arguments_except_while_collecting() -> None:
@@ -476,6 +596,34 @@ def test_everything_else_is_done_by_torch(policy: Any, observation: str, policy_
     model.learn(10)
     with pytest.raises(ValueError, match=rf'`actor` is "numpy", but.*{reason}.*actor="auto" or "torch"'):
         EpisodicA2C(policy, env, policy_kwargs=policy_kwargs, actor="numpy")
+
+
+class Clamp(nn.Module):
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return x.clamp(-1, 1)
+
+
+def keep_as_buffer(policy: Any) -> None:
+    log_std = policy.log_std.detach()
+    del policy.log_std
+    policy.register_buffer("log_std", log_std)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda policy: nn.utils.parametrize.register_parametrization(policy, "log_std", Clamp()),
+        lambda policy: setattr(policy, "log_std", nn.Parameter(policy.log_std.double())),
+        keep_as_buffer,
+    ],
+)
+def test_a_standard_deviation_that_is_no_plain_parameter(change: Any) -> None:
+    model = EpisodicA2C("MlpPolicy", "Pendulum-v1", seed=0, device="cpu")
+    change(model.policy)
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters())
+    model.learn(400)
+    assert model._actor.name == "torch"
+    assert model._n_updates == 2
 
 
 def test_hooks_are_not_passed_over() -> None:

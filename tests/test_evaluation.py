@@ -10,6 +10,7 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
@@ -142,6 +143,7 @@ def patch_policy(policy: Any) -> None:
         lambda policy: setattr(policy, "vf_features_extractor", FlattenExtractor(BOX)),
         lambda policy: policy.value_net.register_forward_hook(lambda module, x, y: 2 * y),
         lambda policy: policy.mlp_extractor.value_net[0].register_full_backward_hook(lambda module, x, y: None),
+        lambda policy: policy.mlp_extractor.register_full_backward_hook(lambda module, x, y: None),
         lambda policy: policy.mlp_extractor.value_net.__setitem__(1, nn.Dropout(0.5)),
         lambda policy: policy.mlp_extractor.value_net.append(nn.Tanh()),
         lambda policy: setattr(policy.value_net, "bias", None),
@@ -186,3 +188,61 @@ def test_a_change_is_seen_at_the_next_rollout() -> None:
     model.policy.value_net.bias = nn.Parameter(th.ones(1))
     values, _, _ = model._evaluate_actions(make_samples(model.policy, 3))
     assert values.tolist() == [1.0, 1.0, 1.0]
+
+
+def replace_head(model: EpisodicA2C) -> None:
+    model.policy.value_net = nn.Linear(64, 1)
+
+
+def replace_policy(model: EpisodicA2C) -> None:
+    model.policy = EpisodicA2C("MlpPolicy", "CartPole-v1", seed=5, device="cpu").policy
+
+
+@pytest.mark.parametrize("replace", [replace_head, replace_policy])
+@pytest.mark.parametrize("when", ["on_rollout_start", "on_rollout_end"])
+def test_what_is_replaced_during_a_rollout_is_trained_after_it(replace: Any, when: str) -> None:
+    weights: list[th.Tensor] = []
+
+    class Replace(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:
+            if when == "on_rollout_start":
+                self.replace_once()
+            # At the second start, what the first update has made of it
+            weights.append(model.policy.value_net.weight.detach().clone())
+
+        def _on_rollout_end(self) -> None:
+            if when == "on_rollout_end":
+                self.replace_once()
+                weights.append(model.policy.value_net.weight.detach().clone())
+
+        def replace_once(self) -> None:
+            if model._n_updates == 0:
+                replace(model)
+                model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=1e-2)
+
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
+    model.learn(100, callback=Replace())
+    before, after = weights[when == "on_rollout_end" :][:2]
+    assert (after - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan, 1e300])
+@pytest.mark.parametrize("n", [1, 3])
+def test_values_of_what_is_not_finite(number: float, n: int) -> None:
+    """Without a warning: whoever asks for them refuses such observations himself."""
+    policy = make_policy(spaces.Discrete(2), spaces.Box(-np.inf, np.inf, (3,), np.float64))
+    observations = np.full((n, 3), number)
+    assert predict_values(policy, observations, find_plain(policy)).shape == (n,)
+
+
+def test_a_gradient_that_overflows_is_refused_without_a_warning() -> None:
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", vf_coef=1e3, seed=0, device="cpu")
+    with th.no_grad():
+        model.policy.value_net.weight.zero_()
+        model.policy.value_net.weight[0, 0] = 1e38
+        model.policy.mlp_extractor.value_net[2].weight.mul_(1e6)
+    with pytest.raises(ValueError, match="not finite"):
+        model.learn(200)
