@@ -561,7 +561,10 @@ class EpisodicA2C(OnPolicyAlgorithm):
             if self._before_update is not None:
                 # Batch norm takes note of every pass
                 self._before_update[1].extend((buffer, buffer.clone()) for buffer in self.policy.buffers())
-        values, log_probs, losses = [], [], []
+        # Not one tensor a batch: small ones that stay would keep the memory of large ones from being used again
+        values, log_probs = np.empty((2, n_transitions), dtype=np.float32)
+        summed_losses = np.zeros(3)
+        start = 0
         parameters = [parameter for group in self.policy.optimizer.param_groups for parameter in group["params"]]
         for parameter in parameters:
             # As `optimizer.zero_grad`, which needs as long as a layer
@@ -581,19 +584,20 @@ class EpisodicA2C(OnPolicyAlgorithm):
             # Gradients add up over the batches, as the loss is a sum
             loss.backward()
 
-            values.append(batch_values.detach())
-            log_probs.append(log_prob.detach())
-            losses.append([batch_loss.detach() for batch_loss in batch_losses])
+            end = start + len(log_prob)
+            values[start:end] = batch_values.numpy(force=True)
+            log_probs[start:end] = log_prob.numpy(force=True)
+            summed_losses += [batch_loss.item() for batch_loss in batch_losses]
+            start = end
 
         self._step_optimizer([parameter for parameter in parameters if parameter.grad is not None])
 
-        values_array = _concatenate(values)
-        self.rollout_buffer.set_evaluations(values_array, _concatenate(log_probs))
+        self.rollout_buffer.set_evaluations(values, log_probs)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/explained_variance", explained_variance(values_array, self.rollout_buffer.returns[:, 0]))
-        for name, of_batches in zip(("policy_loss", "value_loss", "entropy_loss"), zip(*losses, strict=True), strict=True):
+        self.logger.record("train/explained_variance", explained_variance(values, self.rollout_buffer.returns[:, 0]))
+        for name, mean_loss in zip(("policy_loss", "value_loss", "entropy_loss"), summed_losses / n_transitions, strict=True):
             # Per transition, so that curves of episodes of different length compare
-            self.logger.record(f"train/{name}", sum(batch_loss.item() for batch_loss in of_batches) / n_transitions)
+            self.logger.record(f"train/{name}", float(mean_loss))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", float(np.exp(self.policy.log_std.numpy(force=True)).mean()))
 
@@ -860,11 +864,6 @@ def _fused(optimizer: th.optim.Optimizer) -> th.optim.Optimizer:
     except RuntimeError:
         # Not on this device
         return optimizer
-
-
-def _concatenate(tensors: list[th.Tensor]) -> np.ndarray:
-    """One array of tensors ``(n_i,)``, which most often is one tensor."""
-    return (tensors[0] if len(tensors) == 1 else th.cat(tensors)).cpu().numpy()
 
 
 def _copy_nested(kwargs: dict[str, Any]) -> dict[str, Any]:
