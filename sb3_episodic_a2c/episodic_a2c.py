@@ -283,13 +283,9 @@ class EpisodicA2C(OnPolicyAlgorithm):
         self._plain_networks = find_plain_networks(self.policy, reason)
 
     def _own_networks(self) -> PlainNetworks | None:
-        """The plain networks of the policy, unless it or a layer was replaced since the rollout began."""
+        """The plain networks of the policy, which know no modes, unless it or a layer was replaced since the rollout began."""
         networks = self._plain_networks
         return networks if networks is not None and networks.belong_to(self.policy) else None
-
-    def _has_modes(self) -> bool:
-        """Whether the policy may do something else in training, or take note of what it sees, as batch norm does."""
-        return self._own_networks() is None
 
     def set_random_seed(self, seed: int | None = None) -> None:
         super().set_random_seed(seed)
@@ -385,7 +381,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
             self._discard_partial_episodes(env, rollout_buffer)
         rollout_buffer.start_rollout()
         self._refresh_actor()
-        if self._has_modes():
+        if self._own_networks() is None:
             # Switch to eval mode (this affects batch norm / dropout)
             self.policy.set_training_mode(False)
         self._start_rollout(env)
@@ -555,7 +551,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
             # The budget ended before an episode did
             return
 
-        if self._has_modes():
+        if self._own_networks() is None:
             # Switch to train mode (this affects batch norm / dropout)
             self.policy.set_training_mode(True)
             if self._before_update is not None:

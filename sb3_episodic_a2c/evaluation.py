@@ -179,10 +179,13 @@ def find_plain_networks(policy: ActorCriticPolicy, reason_against_numpy: str | N
 
 def _layers_of(policy: ActorCriticPolicy) -> tuple[list[Any], list[Any]] | None:
     """The modules of the actor and of the critic behind the flat observation, if they are in a row."""
-    extractor: Any = policy.mlp_extractor
-    if type(extractor) is not MlpExtractor or not (type(extractor.policy_net) is type(extractor.value_net) is nn.Sequential):
+    # As attributes, modules take ten times as long to look up
+    modules: dict[str, Any] = policy._modules
+    extractor = modules["mlp_extractor"]
+    policy_net, value_net = (extractor._modules.get(name) for name in ("policy_net", "value_net"))
+    if type(extractor) is not MlpExtractor or not type(policy_net) is type(value_net) is nn.Sequential:
         return None
-    return [*extractor.policy_net, policy.action_net], [*extractor.value_net, policy.value_net]
+    return [*policy_net._modules.values(), modules["action_net"]], [*value_net._modules.values(), modules["value_net"]]
 
 
 def _is_plain(layer: nn.Linear) -> bool:
@@ -339,7 +342,15 @@ def _backpropagate(
         return [None] * (2 * len(weights))
     grads: list[th.Tensor | None] = []
     for index in reversed(range(len(weights))):
-        grads += [grad.sum(dim=0), grad.t().mm(inputs[index])]
+        grads += [grad.sum(dim=0), _weight_gradient(grad, inputs[index])]
         if index > 0:
             grad = activations[index - 1].backpropagate(grad.mm(weights[index]), inputs[index])
     return grads[::-1]
+
+
+def _weight_gradient(grad: th.Tensor, x: th.Tensor) -> th.Tensor:
+    """``(n_out, n_in)``, of the weight of a linear layer, from the gradient of its output and its input."""
+    if x.shape[1] < grad.shape[1]:
+        # Four times as fast for the few numbers of an observation: the matrix with fewer rows first
+        return x.t().mm(grad).t().contiguous()
+    return grad.t().mm(x)
