@@ -201,9 +201,10 @@ class NumpyActor:
         # Of as many dimensions as a batch of actions: NumPy is twice as slow where these differ
         self._log_std = None if log_std is None else _to_numpy(log_std)[None]
         self._sample, self._draw = self._make_sampler()
-        action_space = self.policy.action_space
+        action_space: Any = self.policy.action_space
         self._is_continuous = isinstance(action_space, spaces.Box)
-        self._action_shape = action_space.shape if self._is_continuous and len(action_space.shape) != 1 else None  # type: ignore[arg-type]
+        # None where the policy's flat actions are of the space's shape
+        self._action_shape = action_space.shape if self._is_continuous and len(action_space.shape) != 1 else None
         # Noise that was drawn ahead is dropped, so that a rollout depends on the generator's state at its start only
         self._noise_left: list[Array] = []
 

@@ -214,9 +214,11 @@ BackpropagateHead = Callable[[Array | None, Array | None], tuple[Array | None, A
 
 
 class _Evaluation(th.autograd.Function):
-    """Evaluations by two plain networks, for a categorical distribution, or with ``log_std`` a diagonal Gaussian one."""
+    """
+    Evaluations by two plain networks, for a categorical distribution, or with ``log_std`` a diagonal Gaussian one.
 
-    # A loss or a gradient that is not finite is refused later, and says so
+    Without NumPy's warnings: a loss or a gradient that is not finite is refused later.
+    """
 
     @staticmethod
     @np.errstate(all="ignore")
