@@ -5,7 +5,7 @@ import io
 import math
 import pathlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
@@ -530,13 +530,12 @@ class EpisodicA2C(OnPolicyAlgorithm):
 
     def _evaluate_rollout(self) -> tuple[np.ndarray, np.ndarray]:
         """Values and log-probabilities of the transitions on offer, for callbacks that want them before the update."""
-        values, log_probs = [], []
+        values, log_probs = np.empty((2, self.rollout_buffer.size()), dtype=np.float32)
         with th.no_grad():
-            for samples in self.rollout_buffer.get(self._pass_size(), self._trains_on_whole_episodes):
-                batch_values, batch_log_probs, _ = self._evaluate_actions(samples)
-                values.append(batch_values.cpu().numpy())
-                log_probs.append(batch_log_probs.cpu().numpy())
-        return np.concatenate(values), np.concatenate(log_probs)
+            for part, samples in self._passes():
+                batch_values, log_prob, _ = self._evaluate_actions(samples)
+                values[part], log_probs[part] = batch_values.numpy(force=True), log_prob.numpy(force=True)
+        return values, log_probs
 
     # ------------------------------------------------------------------ training
 
@@ -557,15 +556,13 @@ class EpisodicA2C(OnPolicyAlgorithm):
             if self._before_update is not None:
                 # Batch norm takes note of every pass
                 self._before_update[1].extend((buffer, buffer.clone()) for buffer in self.policy.buffers())
-        # Not one tensor a batch: small ones that stay would keep the memory of large ones from being used again
         values, log_probs = np.empty((2, n_transitions), dtype=np.float32)
         summed_losses = np.zeros(3)
-        start = 0
         parameters = [parameter for group in self.policy.optimizer.param_groups for parameter in group["params"]]
         for parameter in parameters:
             # As `optimizer.zero_grad`, which needs as long as a layer
             parameter.grad = None
-        for samples in self.rollout_buffer.get(self._pass_size(), self._trains_on_whole_episodes):
+        for part, samples in self._passes():
             batch_values, log_prob, entropy = self._evaluate_actions(samples)
             advantages = samples.returns - (batch_values.detach() if self.detach_advantage else batch_values)
 
@@ -580,11 +577,8 @@ class EpisodicA2C(OnPolicyAlgorithm):
             # Gradients add up over the batches, as the loss is a sum
             loss.backward()
 
-            end = start + len(log_prob)
-            values[start:end] = batch_values.numpy(force=True)
-            log_probs[start:end] = log_prob.numpy(force=True)
+            values[part], log_probs[part] = batch_values.numpy(force=True), log_prob.numpy(force=True)
             summed_losses += [batch_loss.item() for batch_loss in batch_losses]
-            start = end
 
         self._step_optimizer([parameter for parameter in parameters if parameter.grad is not None])
 
@@ -596,6 +590,19 @@ class EpisodicA2C(OnPolicyAlgorithm):
             self.logger.record(f"train/{name}", float(mean_loss))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", float(np.exp(self.policy.log_std.numpy(force=True)).mean()))
+
+    def _passes(self) -> Iterator[tuple[slice, EpisodicRolloutBufferSamples]]:
+        """
+        The transitions on offer, as many at a time as go through the policy together, and where they lie among all.
+
+        Keep what comes of them in one array for all: a small tensor of each pass would keep the memory of the large ones
+        from being used again.
+        """
+        start = 0
+        for samples in self.rollout_buffer.get(self._pass_size(), self._trains_on_whole_episodes):
+            end = start + len(samples.returns)
+            yield slice(start, end), samples
+            start = end
 
     def _pass_size(self) -> int | None:
         """The most transitions in one forward/backward pass; None for all."""

@@ -20,10 +20,8 @@ from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
-from sb3_episodic_a2c.actors import numpy_layers, overridden_methods, run_layers
+from sb3_episodic_a2c.actors import Array, numpy_layers, overridden_methods, run_layers
 from sb3_episodic_a2c.type_aliases import EpisodicRolloutBufferSamples
-
-Array = np.ndarray
 
 Evaluations = tuple[th.Tensor, th.Tensor, th.Tensor | None]
 """Values, log-probabilities and entropies (None where they have no analytical form), ``(n,)`` each."""
@@ -44,9 +42,8 @@ def evaluate_actions(
         values, log_prob, entropy = policy.evaluate_actions(samples.observations, samples.actions, **samples.policy_inputs)
         return values.flatten(), log_prob, entropy
     log_std = policy.log_std if type(policy.action_dist) is DiagGaussianDistribution else None
-    return _Evaluation.apply(
-        _flat(samples.observations), samples.actions, log_std, networks.activations, *_parameters(networks)
-    )
+    activations = _activations(networks.actor), _activations(networks.critic)
+    return _Evaluation.apply(_flat(samples.observations), samples.actions, log_std, activations, *_parameters(networks))
 
 
 def predict_values(
@@ -73,6 +70,11 @@ def _flat(observations: th.Tensor | TensorDict) -> th.Tensor:
     """What the first layer of plain networks is given, ``(n, observation size)``."""
     assert isinstance(observations, th.Tensor)
     return observations.float().flatten(start_dim=1)
+
+
+def _activations(network: list[Any]) -> "list[_Activation]":
+    """One fewer than linear layers."""
+    return [ACTIVATIONS[type(module)] for module in network[1::2]]
 
 
 def _parameters(networks: "PlainNetworks") -> list[th.Tensor]:
@@ -131,8 +133,6 @@ class PlainNetworks(NamedTuple):
     actor: list[Any]
     """Its modules: linear layers and activations in turn, from the observation to the output."""
     critic: list[Any]
-    activations: tuple[list[_Activation], list[_Activation]]
-    """Of the actor and of the critic, one fewer than linear layers each."""
 
     def belong_to(self, policy: ActorCriticPolicy) -> bool:
         """Whether neither the policy nor one of its layers was replaced since they were found."""
@@ -160,21 +160,20 @@ def find_plain_networks(policy: ActorCriticPolicy, reason_against_numpy: str | N
     if (
         networks is None
         or "forward_critic" in extractor.__dict__
-        or any(
-            _has_hooks(module) for module in (policy.features_extractor, extractor, extractor.policy_net, extractor.value_net)
-        )
         or (type(policy.action_dist) is DiagGaussianDistribution and not policy.log_std.is_cpu)
     ):
+        return None
+    actor, critic = networks
+    containers = policy.features_extractor, extractor, extractor.policy_net, extractor.value_net
+    if any(_has_hooks(module) for module in (*containers, *actor, *critic)):
         return None
     for network in networks:
         if not (
             all(type(module) is nn.Linear and _is_plain(module) for module in network[::2])
             and all(type(module) in ACTIVATIONS for module in network[1::2])
-            and not any(_has_hooks(module) for module in network)
         ):
             return None
-    actor_activations, critic_activations = ([ACTIVATIONS[type(module)] for module in network[1::2]] for network in networks)
-    return PlainNetworks(policy, *networks, (actor_activations, critic_activations))
+    return PlainNetworks(policy, actor, critic)
 
 
 def _layers_of(policy: ActorCriticPolicy) -> tuple[list[Any], list[Any]] | None:

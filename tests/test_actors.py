@@ -132,15 +132,13 @@ def samples(
 def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, int]:
     """The statistic of Pearson's test, and its degrees of freedom."""
     assert counts[probabilities == 0].sum() == 0
-    expected = probabilities / probabilities.sum() * counts.sum()
-    # Rare ones are lumped together, as the test asks for
-    rare = expected < 5
-    counts = np.append(counts[~rare], counts[rare].sum())
-    expected = np.append(expected[~rare], expected[rare].sum())
-    if expected[-1] < 5:
-        # Too few even together
-        counts, expected = counts[:-1], expected[:-1]
-    return float(((counts - expected) ** 2 / expected).sum()), max(len(counts) - 1, 0)
+    order = probabilities.argsort()
+    counts, expected = counts[order], probabilities[order].astype(np.float64)
+    expected *= counts.sum() / expected.sum()
+    # Rare ones are lumped together, and with the next where these are too few, as the test asks for
+    n_lumped = max((expected < 5).sum(), np.searchsorted(expected.cumsum(), 5) + 1)
+    counts, expected = (np.append(numbers[:n_lumped].sum(), numbers[n_lumped:]) for numbers in (counts, expected))
+    return stats.chisquare(counts, expected).statistic, len(counts) - 1
 
 
 def assert_frequencies(counts: np.ndarray, probabilities: np.ndarray) -> None:
@@ -287,10 +285,8 @@ def test_masked_frequencies(choice: Any, action_space: Any, seed: int) -> None:
     mask = draw_mask(action_space, rng)
     actions = samples(make_actor(policy, choice, rng), observation, {"action_masks": mask}).reshape(N_SAMPLES, -1)
     masked = policy.get_distribution(th.as_tensor(observation[None]), action_masks=mask[None])
-    distributions = masked.distributions if hasattr(masked, "distributions") else [masked.distribution]
     start = 0
-    for dimension, distribution in enumerate(distributions):
-        probabilities = distribution.probs[0].detach().numpy()
+    for dimension, (probabilities,) in enumerate(probabilities_of(masked)):
         allowed = mask[start : start + len(probabilities)]
         start += len(probabilities)
         counts = np.bincount(actions[:, dimension].astype(int), minlength=len(probabilities))
@@ -355,6 +351,12 @@ CHANGES = [
 ]
 
 
+def pretend_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none here: copies instead of views, which is what an actor makes there."""
+    monkeypatch.setattr(actors, "_to_numpy", lambda tensor: tensor.detach().cpu().numpy().copy())
+    monkeypatch.setattr(actors, "_is_shareable", lambda action_net: False)
+
+
 @pytest.mark.parametrize("is_on_another_device", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_next_action_sees_every_change(
@@ -362,9 +364,7 @@ def test_the_next_action_sees_every_change(
 ) -> None:
     model = EpisodicA2C("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
     if is_on_another_device:
-        # There is none here: copies instead of views, which is what the actor makes there
-        monkeypatch.setattr(actors, "_to_numpy", lambda tensor: tensor.detach().cpu().numpy().copy())
-        monkeypatch.setattr(actors, "_is_shareable", lambda action_net: False)
+        pretend_another_device(monkeypatch)
         model._setup_actor()
     before, expected = outputs(model)
     np.testing.assert_allclose(before, expected, rtol=1e-5, atol=1e-6)
@@ -396,8 +396,7 @@ def test_the_next_action_sees_another_standard_deviation(
     change: Any, is_on_another_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if is_on_another_device:
-        monkeypatch.setattr(actors, "_to_numpy", lambda tensor: tensor.detach().cpu().numpy().copy())
-        monkeypatch.setattr(actors, "_is_shareable", lambda action_net: False)
+        pretend_another_device(monkeypatch)
     model = EpisodicA2C("MlpPolicy", "Pendulum-v1", seed=0, device="cpu")
     observations = np.ones((50, 3), np.float32)
     assert model._actor.name == "numpy"
