@@ -8,7 +8,7 @@ import gymnasium
 
 COMMANDS = {
     "solve": ("solve", "train until an environment is solved; keep the model, a learning curve and a GIF"),
-    "compare": ("compare", "train algorithms side by side, with many seeds on many processes, and report with intervals"),
+    "compare": ("comparison.grid", "train algorithms side by side, with many seeds on many processes, and report with intervals"),
     "bench": ("benchmark", "env steps/s of learn() beside A2C, PPO and the bare VecEnv"),
     "gif": ("record", "play greedy episodes of a saved model and write them as a GIF"),
 }

@@ -34,9 +34,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_episodic_a2c import EpisodicA2C
 from sb3_episodic_a2c.__main__ import main
-from sb3_episodic_a2c.tools import compare as module
-from sb3_episodic_a2c.tools.cells import Cell, evaluation_grid, load_cell
-from sb3_episodic_a2c.tools.compare import (
+from sb3_episodic_a2c.tools.comparison import grid as module
+from sb3_episodic_a2c.tools.comparison.cells import Cell, evaluation_grid, load_cell
+from sb3_episodic_a2c.tools.comparison.grid import (
     compare,
     parse_by_env,
     parse_configs,
@@ -44,8 +44,8 @@ from sb3_episodic_a2c.tools.compare import (
     results_frame,
     seconds_left,
 )
-from sb3_episodic_a2c.tools.plots import STYLES, plot_curves, plot_profile, plot_scores
-from sb3_episodic_a2c.tools.report import (
+from sb3_episodic_a2c.tools.comparison.plots import STYLES, plot_curves, plot_profile, plot_scores
+from sb3_episodic_a2c.tools.comparison.report import (
     METRICS,
     Scale,
     cost_table,
@@ -58,7 +58,7 @@ from sb3_episodic_a2c.tools.report import (
     summarize_overall,
     write_report,
 )
-from sb3_episodic_a2c.tools.statistics import iqm_band, profile_band
+from sb3_episodic_a2c.tools.comparison.statistics import iqm_band, profile_band
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -444,7 +444,7 @@ def work():
     while os.getppid() == parent:
         time.sleep(0.01)
     # A worker takes seconds to import this
-    from sb3_episodic_a2c.tools.cells import train_cell
+    from sb3_episodic_a2c.tools.comparison.cells import train_cell
     print("imported", flush=True)
     train_cell(None)
     print("went on", flush=True)
@@ -695,7 +695,7 @@ def test_plan_takes_turns_and_the_smallest_budget(tmp_path: Path) -> None:
 def test_environments_that_the_zoo_adds(tmp_path: Path) -> None:
     """In a process of its own: in this one, other tests may have had them registered."""
     code = (
-        "import sys; from sb3_episodic_a2c.tools.compare import plan_cells; "
+        "import sys; from sb3_episodic_a2c.tools.comparison.grid import plan_cells; "
         "cells = plan_cells(['CartPoleNoVel-v1'], ['episodic_a2c_lstm', 'ppo_lstm'], seeds=1, output=sys.argv[1]); "
         "print([cell.hyperparams['policy'] for cell in cells])"
     )
@@ -1016,7 +1016,7 @@ def test_random_actions_that_fail_lose_no_report(
 ) -> None:
     (tmp_path / "endless_envs.py").write_text(ENDLESS)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("sb3_episodic_a2c.tools.report.RANDOM_TIMESTEPS", 500)
+    monkeypatch.setattr("sb3_episodic_a2c.tools.comparison.report.RANDOM_TIMESTEPS", 500)
     arguments = {**GRID, "envs": ["Endless-v0", "Broken-v0"], "algorithms": ["a2c"], "gym_packages": ["endless_envs"]}
     config = tmp_path / "a2c.yml"
     config.write_text("default: {n_timesteps: 1000, policy: MlpPolicy}")

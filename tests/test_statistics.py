@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sb3_episodic_a2c.tools.statistics import (
+from sb3_episodic_a2c.tools.comparison.statistics import (
     iqm,
     iqm_band,
     mean_and_std,

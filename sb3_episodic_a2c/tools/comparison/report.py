@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sb3_episodic_a2c.files import atomic_write
-from sb3_episodic_a2c.tools import statistics
-from sb3_episodic_a2c.tools.cells import EVAL_SEED, Cell, CellResult, load_cell, versions
-from sb3_episodic_a2c.tools.statistics import Estimate
+from sb3_episodic_a2c.tools.comparison import statistics
+from sb3_episodic_a2c.tools.comparison.cells import EVAL_SEED, Cell, CellResult, load_cell, versions
+from sb3_episodic_a2c.tools.comparison.statistics import Estimate
 from sb3_episodic_a2c.tools.zoo import ALGORITHMS, config_path
 
 METRICS = {"final": "final evaluation", "area": "area under the curve"}
@@ -109,7 +109,7 @@ class Overall:
 
 def summarize(frame: pd.DataFrame, rng: np.random.Generator) -> list[Summary]:
     """
-    :param frame: See :func:`sb3_episodic_a2c.tools.compare.results_frame`
+    :param frame: See :func:`sb3_episodic_a2c.tools.comparison.grid.results_frame`
     :param rng: For the bootstrap
     :return: One for each environment and algorithm, in the order of the frame
     """
@@ -206,7 +206,7 @@ def reward_threshold(env_id: str) -> float | None:
 
 def scales(frame: pd.DataFrame, random_scores: dict[str, float]) -> dict[str, Scale]:
     """
-    :param frame: See :func:`sb3_episodic_a2c.tools.compare.results_frame`
+    :param frame: See :func:`sb3_episodic_a2c.tools.comparison.grid.results_frame`
     :param random_scores: Environment: mean reward of random actions
     :return: Environment: 0 is what random actions get, 1 the environment's own threshold, which depends on nothing that is
         compared; without a threshold, the best final evaluation of any run
@@ -628,14 +628,14 @@ def write_report(
     """
     Write ``report.md``, ``results.csv`` (the frame), ``results.json`` and the plots, and print the tables.
 
-    :param frame: See :func:`sb3_episodic_a2c.tools.compare.results_frame`
+    :param frame: See :func:`sb3_episodic_a2c.tools.comparison.grid.results_frame`
     :param cells: The cells it is of
     :param output: Folder to write to
     :param configs: Files of hyperparameters that the user gave
     :param console: Where to print to
     :param rng: For the bootstrap; by default always the same
     """
-    from sb3_episodic_a2c.tools.plots import plot_all
+    from sb3_episodic_a2c.tools.comparison.plots import plot_all
 
     rng = np.random.default_rng(0) if rng is None else rng
     output.mkdir(parents=True, exist_ok=True)

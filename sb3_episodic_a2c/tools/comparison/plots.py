@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
-from sb3_episodic_a2c.tools import statistics
-from sb3_episodic_a2c.tools.report import METRICS, Overall, Scale, Summary, reward_threshold
+from sb3_episodic_a2c.tools.comparison import statistics
+from sb3_episodic_a2c.tools.comparison.report import METRICS, Overall, Scale, Summary, reward_threshold
 
 STYLES = (
     ("#0072B2", "-", "o"),
@@ -38,10 +38,10 @@ def plot_all(
     rng: np.random.Generator,
 ) -> list[Path]:
     """
-    :param frame: See :func:`sb3_episodic_a2c.tools.compare.results_frame`
-    :param summaries: See :func:`sb3_episodic_a2c.tools.report.summarize`
-    :param overall: See :func:`sb3_episodic_a2c.tools.report.summarize_overall`
-    :param scale: See :func:`sb3_episodic_a2c.tools.report.scales`
+    :param frame: See :func:`sb3_episodic_a2c.tools.comparison.grid.results_frame`
+    :param summaries: See :func:`sb3_episodic_a2c.tools.comparison.report.summarize`
+    :param overall: See :func:`sb3_episodic_a2c.tools.comparison.report.summarize_overall`
+    :param scale: See :func:`sb3_episodic_a2c.tools.comparison.report.scales`
     :param output: Folder to write to
     :param rng: For the bootstrap
     :return: The PNG files; beside each is an SVG
@@ -93,7 +93,7 @@ def plot_curves(frame: pd.DataFrame, rng: np.random.Generator, over_time: bool) 
     """
     Learning curves: IQM over runs of the mean reward of each evaluation, with 95% bootstrap intervals.
 
-    :param frame: See :func:`sb3_episodic_a2c.tools.compare.results_frame`
+    :param frame: See :func:`sb3_episodic_a2c.tools.comparison.grid.results_frame`
     :param rng: For the bootstrap
     :param over_time: Whether over wall time of training (median over runs), else over env steps
     :return: The figure, a panel for each environment; None if nothing has finished
@@ -152,8 +152,8 @@ def plot_scores(summaries: Sequence[Summary], overall: Sequence[Overall]) -> Fig
     """
     IQM with its 95% interval of both metrics.
 
-    :param summaries: See :func:`sb3_episodic_a2c.tools.report.summarize`
-    :param overall: See :func:`sb3_episodic_a2c.tools.report.summarize_overall`
+    :param summaries: See :func:`sb3_episodic_a2c.tools.comparison.report.summarize`
+    :param overall: See :func:`sb3_episodic_a2c.tools.comparison.report.summarize_overall`
     :return: The figure: a row for each environment, a column for each metric
     """
     algorithms = list(dict.fromkeys(summary.algorithm for summary in summaries))
@@ -191,8 +191,8 @@ def plot_profile(summaries: Sequence[Summary], scale: dict[str, Scale], rng: np.
     """
     Performance profile: share of runs that score above a threshold, averaged over environments.
 
-    :param summaries: See :func:`sb3_episodic_a2c.tools.report.summarize`
-    :param scale: See :func:`sb3_episodic_a2c.tools.report.scales`
+    :param summaries: See :func:`sb3_episodic_a2c.tools.comparison.report.summarize`
+    :param scale: See :func:`sb3_episodic_a2c.tools.comparison.report.scales`
     :param rng: For the bootstrap
     :return: The figure; None if there is no environment that every algorithm has runs on
     """

@@ -24,7 +24,7 @@ from joblib.externals.loky.process_executor import ProcessPoolExecutor, Terminat
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sb3_episodic_a2c.tools.cells import (
+from sb3_episodic_a2c.tools.comparison.cells import (
     TRAINING_ONLY,
     UNFINISHED_FOLDER,
     Cell,
@@ -34,7 +34,7 @@ from sb3_episodic_a2c.tools.cells import (
     remove_leftovers,
     train_cell,
 )
-from sb3_episodic_a2c.tools.report import write_report
+from sb3_episodic_a2c.tools.comparison.report import write_report
 from sb3_episodic_a2c.tools.zoo import (
     ALGORITHMS,
     DEFAULT_ALGORITHM,
@@ -83,7 +83,7 @@ def compare(
     Train a grid of algorithms, environments and seeds, and report on it.
 
     Writes to the output folder a run folder for each cell, as RL Zoo's ``train`` does, and the report (``report.md``,
-    ``results.csv``, ``results.json`` and plots), see :func:`sb3_episodic_a2c.tools.report.write_report`.
+    ``results.csv``, ``results.json`` and plots), see :func:`sb3_episodic_a2c.tools.comparison.report.write_report`.
 
     :param envs: Ids of environments
     :param algorithms: Ids in the Zoo, ours among them, or ``"a2c-matched"`` (:data:`MATCHED`). The others are compared with
