@@ -8,11 +8,14 @@ import gymnasium
 
 COMMANDS = {
     "solve": ("solve", "train until an environment is solved; keep the model, a learning curve and a GIF"),
-    "compare": ("comparison.grid", "train algorithms side by side, with many seeds on many processes, and report with intervals"),
+    "compare": (
+        "comparison.command_line",
+        "train algorithms side by side, with many seeds on many processes, and report with intervals",
+    ),
     "bench": ("benchmark", "env steps/s of learn() beside A2C, PPO and the bare VecEnv"),
     "gif": ("record", "play greedy episodes of a saved model and write them as a GIF"),
 }
-"""Command: the module of ``tools`` behind it, and its help."""
+"""Command: the module of ``tools`` that has its ``add_arguments`` and ``run``, and its help."""
 
 ZOO_COMMANDS = {
     "train": "train an agent, continue training one (-i), or search hyperparameters (-optimize)",
@@ -24,10 +27,10 @@ ZOO_COMMANDS = {
     "plot_from_file": "plot what all_plots has gathered",
     "benchmark": "evaluate all trained agents of a folder",
 }
-"""Command: its help. RL Zoo's scripts of these names; they parse their arguments themselves."""
+"""Command: its help. Each runs RL Zoo's script of that name, which parses its own arguments."""
 
 EXTRAS = {"matplotlib": "solve", "PIL": "solve", "pandas": "solve", "tqdm": "solve", "pygame": "solve"}
-"""What to install when an import fails."""
+"""Package that cannot be imported: the extra that brings it."""
 
 COMPARE_PACKAGES = {"joblib", "matplotlib", "pandas", "rich", "rl_zoo3", "scipy"}
 """What the extra ``compare`` brings."""
@@ -61,12 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     is_zoo = bool(argv) and argv[0] in ZOO_COMMANDS
     try:
         if is_zoo:
-            # Not through our parser: every flag is the Zoo's
+            # Without our parser: all flags are the Zoo's
             importlib.import_module("sb3_episodic_a2c.tools.zoo").launch(argv[0], argv[1:])
             return 0
         for command, (module, help_text) in COMMANDS.items():
             subparser = subparsers.add_parser(command, help=help_text, description=help_text)
-            # Only the tool that is asked for is imported
+            # Import only the tool that runs: the others may lack their packages
             if command in argv[:1]:
                 tool = importlib.import_module(f"sb3_episodic_a2c.tools.{module}")
                 tool.add_arguments(subparser)
@@ -86,13 +89,13 @@ def main(argv: list[str] | None = None) -> int:
         if extra is not None:
             print(f"error: {error}. Install it with: pip install 'sb3-episodic-a2c[{extra}]'", file=sys.stderr)
         elif is_zoo and not package:
-            # The Zoo's own words about an optional package, e.g. wandb
+            # The Zoo's own message about an optional package, e.g. wandb
             print(f"error: {error}", file=sys.stderr)
         else:
             raise
         return 1
     except (ValueError, gymnasium.error.Error) as error:
-        # What goes wrong in the Zoo, or in an environment trained there, is shown as the Zoo shows it
+        # Errors of the Zoo and of environments trained there keep their traceback, as in the Zoo
         if is_zoo and not isinstance(error, gymnasium.error.DependencyNotInstalled):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -100,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
-    # Only a tool that can half succeed returns one
+    # Most tools return None: they succeed or raise
     return status or 0
 
 

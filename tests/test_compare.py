@@ -1,4 +1,4 @@
-"""Side by side: real grids with tiny budgets, on every backend, killed and started again."""
+"""Comparisons: real grids with tiny budgets, on every backend, killed and started again."""
 
 import importlib.util
 import io
@@ -34,31 +34,21 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_episodic_a2c import EpisodicA2C
 from sb3_episodic_a2c.__main__ import main
-from sb3_episodic_a2c.tools.comparison import grid as module
+from sb3_episodic_a2c.tools import comparison
+from sb3_episodic_a2c.tools.comparison import compare
+from sb3_episodic_a2c.tools.comparison.backends import BACKEND_PACKAGES, run_cells
 from sb3_episodic_a2c.tools.comparison.cells import Cell, evaluation_grid, load_cell
-from sb3_episodic_a2c.tools.comparison.grid import (
-    compare,
-    parse_by_env,
-    parse_configs,
-    plan_cells,
-    results_frame,
-    seconds_left,
-)
+from sb3_episodic_a2c.tools.comparison.command_line import parse_by_env, parse_configs
+from sb3_episodic_a2c.tools.comparison.fairness import fairness_notes
+from sb3_episodic_a2c.tools.comparison.frame import results_frame
+from sb3_episodic_a2c.tools.comparison.grid import plan_cells
+from sb3_episodic_a2c.tools.comparison.normalization import Scale, random_policy_score
 from sb3_episodic_a2c.tools.comparison.plots import STYLES, plot_curves, plot_profile, plot_scores
-from sb3_episodic_a2c.tools.comparison.report import (
-    METRICS,
-    Scale,
-    cost_table,
-    fairness_notes,
-    markdown_table,
-    print_table,
-    random_policy_score,
-    score_table,
-    summarize,
-    summarize_overall,
-    write_report,
-)
+from sb3_episodic_a2c.tools.comparison.progress import format_duration, seconds_left
+from sb3_episodic_a2c.tools.comparison.report import write_report
 from sb3_episodic_a2c.tools.comparison.statistics import iqm_band, profile_band
+from sb3_episodic_a2c.tools.comparison.summaries import METRICS, summarize, summarize_overall
+from sb3_episodic_a2c.tools.comparison.tables import cost_table, markdown_table, print_table, score_table
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -76,13 +66,13 @@ GRID: dict[str, Any] = {
     "n_evaluations": 3,
     "eval_episodes": 3,
 }
-"""Small enough to be trained in a moment."""
+"""Small enough to train in a moment."""
 
 TIMES = ["train_seconds", "train_cpu_seconds", "eval_seconds", "folder"]
 
 
 def learned(frame: pd.DataFrame) -> pd.DataFrame:
-    """A frame without what differs from run to run and from folder to folder."""
+    """A frame without the columns that differ between equal comparisons."""
     return frame.drop(columns=TIMES)
 
 
@@ -114,7 +104,7 @@ def test_frame_is_tidy(finished: tuple[Path, pd.DataFrame]) -> None:
     for _, run in frame.groupby(["algorithm", "seed"]):
         assert run["train_seconds"].is_monotonic_increasing
         assert run["train_seconds"].iloc[0] < 0.1
-    # Equal seeds are equal networks and equal first states: before training nobody is better
+    # With equal seeds, networks and first states are equal: before training no algorithm is better
     before = frame[frame["evaluation"] == 0].pivot(index="seed", columns="algorithm", values="mean_reward")
     assert before["a2c"].tolist() == before["episodic_a2c"].tolist()
     pd.testing.assert_frame_equal(pd.read_csv(output / "results.csv", keep_default_na=False), frame)
@@ -161,7 +151,7 @@ def test_report(finished: tuple[Path, pd.DataFrame]) -> None:
 
 
 def test_last_evaluation_by_hand(tmp_path: Path) -> None:
-    """Greedy, from the seeds that are promised, with the statistics of the training, in the environment's own rewards."""
+    """Greedy, from the documented seeds, with the statistics of the training, in the environment's own rewards."""
     arguments = {
         **GRID,
         "envs": ["Pendulum-v1"],
@@ -186,7 +176,7 @@ def test_last_evaluation_by_hand(tmp_path: Path) -> None:
             total += float(reward)
         by_hand.append(total)
     with np.load(folder / "evaluations.npz") as evaluations:
-        # One batch or one by one: not quite the same sums
+        # A batch and single observations do not give exactly the same sums
         np.testing.assert_allclose(evaluations["results"][-1], by_hand, rtol=1e-3)
         assert evaluations["timesteps"].tolist() == [0, 480]
     assert frame["mean_reward"].iloc[-1] == pytest.approx(np.mean(by_hand), rel=1e-3)
@@ -212,7 +202,7 @@ def test_all_are_evaluated_in_the_same_environment(tmp_path: Path) -> None:
         ValueError, match=r"`env_kwargs` of Pendulum-v1 are {'g': 9\.5} for episodic_a2c and {'g': 9\.0} for a2c"
     ):
         compare(**grid, configs=heavy, backend="sequential", output=tmp_path / "out")
-    # Shorter episodes in training only; another gravity in training and in evaluations
+    # Shorter episodes apply to training only, the other gravity also to evaluations
     short = configs(a2c={"g": 1.0}, episodic_a2c={"g": 1.0, "max_episode_steps": 50})
     frame = compare(**grid, configs=short, backend="sequential", output=tmp_path / "out")
     assert (frame["mean_ep_length"] == 200).all()
@@ -248,7 +238,7 @@ def test_backends_give_identical_results(backend: str, finished: tuple[Path, pd.
     output, sequential = finished
     if backend == "dask":
         distributed = pytest.importorskip("distributed")
-        # A cluster of two worker processes, as `dask scheduler` and `dask worker` would make it
+        # A cluster of two worker processes, like that of `dask scheduler` and `dask worker`
         with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
             frame = compare(**GRID, backend="dask", scheduler=cluster.scheduler_address, output=tmp_path)
     else:
@@ -281,7 +271,7 @@ def test_command_line_with_a_cluster_of_its_own(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("backend", ["loky", "sequential"])
 def test_progress_bar(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """With one job cells are trained in this process, with its output redirected."""
+    """With one job, cells are trained in this process, and its output is redirected."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     frame = compare(**{**GRID, "seeds": 1}, backend=backend, output=tmp_path, progress_bar=True)
@@ -322,7 +312,7 @@ def test_more_seeds_train_only_what_is_missing(finished: tuple[Path, pd.DataFram
 def test_other_settings_are_not_mixed_in(copied: Path) -> None:
     before = stamps(copied)
     for change, words in (
-        ({"total_timesteps": 960}, "total_timesteps=720 there and 960 here.* give --total-timesteps CartPole-v1:720 to go on"),
+        ({"total_timesteps": 960}, "total_timesteps=720 there and 960 here.* Give --total-timesteps CartPole-v1:720 to go on"),
         ({"eval_episodes": 4}, "eval_episodes=3 there and 4 here"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -348,7 +338,7 @@ def test_retrain_keeps_old_cells_until_there_are_new_ones(copied: Path, monkeypa
     configs = {"episodic_a2c": str(config)}
     frame = compare(**GRID, configs=configs, backend="sequential", output=copied, retrain=True)
     assert (frame.groupby("algorithm")["status"].first() == pd.Series({"a2c": "finished", "episodic_a2c": "failed"})).all()
-    # They have failed: nothing is lost
+    # The new trainings failed, so the old ones are kept
     assert stamps(copied) == before
     assert (compare(**GRID, backend="sequential", output=copied)["status"] == "finished").all()
     assert stamps(copied) == before
@@ -384,13 +374,13 @@ def test_damaged_cells_are_trained_again(finished: tuple[Path, pd.DataFrame], co
 def test_folders_of_others_are_left_alone(copied: Path) -> None:
     (copied / "a2c/CartPole-v1_1/cell.json").unlink()
     for retrain in (False, True):
-        with pytest.raises(ValueError, match="is there already, but not from a comparison"):
+        with pytest.raises(ValueError, match="exists already, but not from a comparison"):
             compare(**GRID, backend="sequential", output=copied, retrain=retrain)
     assert (copied / "a2c/CartPole-v1_1/CartPole-v1.zip").exists()
 
 
 def what_they_reach(output: Path) -> str:
-    """The table of a report that has no times in it."""
+    """The table of a report that holds no times."""
     _, _, table = (output / "report.md").read_text().partition("## What they reach")
     return table.partition("## What they take")[0]
 
@@ -409,13 +399,13 @@ def test_kill_and_start_again(jobs: int, with_workers: bool, finished: tuple[Pat
         command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + 200
-    # In the middle: something is finished, and something is at work
+    # Until one cell is finished and another is being trained
     while not (stamps(output) and (at_work := list((output / ".unfinished").glob("*")))):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     (os.killpg if with_workers else os.kill)(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    # Where there are workers, it is they who train
+    # Workers train, if there are any
     assert all((f".{process.pid}." in path.name) == (jobs == 1) for path in at_work)
     kept = stamps(output)
     assert 1 <= len(kept) <= 3
@@ -424,7 +414,7 @@ def test_kill_and_start_again(jobs: int, with_workers: bool, finished: tuple[Pat
     assert kept.items() <= stamps(output).items()
     assert len(stamps(output)) == 4
     assert not (output / ".unfinished").exists()
-    # The same, but for the times, as if it had never been killed
+    # Equal, except for the times, to a comparison that was never killed
     frames = [learned(pd.read_csv(folder / "results.csv", keep_default_na=False)) for folder in (whole, output)]
     pd.testing.assert_frame_equal(*frames)
     assert what_they_reach(output) == what_they_reach(whole) != ""
@@ -444,7 +434,7 @@ def work():
     while os.getppid() == parent:
         time.sleep(0.01)
     # A worker takes seconds to import this
-    from sb3_episodic_a2c.tools.comparison.cells import train_cell
+    from sb3_episodic_a2c.tools.comparison.training import train_cell
     print("imported", flush=True)
     train_cell(None)
     print("went on", flush=True)
@@ -468,7 +458,7 @@ def test_a_worker_sees_that_the_command_was_killed_while_it_started(tmp_path: Pa
         assert process.stdout is not None
         assert process.stdout.readline() == "at work\n"
         process.kill()
-        # It has an end when the worker is gone, too
+        # The pipe ends once the worker has also ended
         assert process.communicate(timeout=100)[0] == "imported\n"
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
@@ -476,7 +466,7 @@ def test_a_worker_sees_that_the_command_was_killed_while_it_started(tmp_path: Pa
 
 
 def test_leftovers_go_with_the_process_that_was_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker of a command that was killed may outlive it for a while, into the next one."""
+    """A worker of a command that was killed may still run when the next command starts."""
     with subprocess.Popen(["sleep", "100"]) as process:
 
         class Parting(CartPoleEnv):
@@ -490,7 +480,7 @@ def test_leftovers_go_with_the_process_that_was_still_there(tmp_path: Path, monk
         config = tmp_path / "a2c.yml"
         config.write_text("default: {n_timesteps: 480, policy: MlpPolicy}")
         arguments = {**GRID, "envs": ["Parting-v0"], "algorithms": ["a2c"], "seeds": 1, "configs": {"a2c": str(config)}}
-        module.run_cells(plan_cells(**arguments, output=tmp_path), backend="sequential")
+        run_cells(plan_cells(**arguments, output=tmp_path), backend="sequential")
     assert not (tmp_path / ".unfinished").exists()
 
 
@@ -505,7 +495,7 @@ def test_ctrl_c_keeps_finished_cells(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=100)
     assert process.returncode == 130
-    assert "of 40 cells are there: the same command again goes on" in stderr
+    assert "of 40 cells are finished: the same command again trains the others" in stderr
     assert 1 <= len(stamps(tmp_path)) < 40
 
 
@@ -538,7 +528,7 @@ def test_a_failing_cell_is_reported(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "Traceback" in failure["error"] and failure["algorithm"] == "episodic_a2c"
     kept = stamps(tmp_path / "out")
     assert list(kept) == ["a2c/CartPole-v1_1/cell.json"]
-    # The same command again tries it again; put right, it trains what failed and nothing else
+    # The same command tries it again. With the right file it trains what failed, and nothing else
     assert main([*arguments, "--conf", f"episodic_a2c:{config}"]) == 1
     assert main(arguments) == 0
     assert kept.items() <= stamps(tmp_path / "out").items()
@@ -574,7 +564,7 @@ def test_a_dying_process_takes_no_other_cell_with_it(tmp_path: Path, monkeypatch
     (tmp_path / "deadly_envs.py").write_text(DEADLY)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]]))
-    # Not even random actions survive there
+    # There even random actions kill the process, so their score is given
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "random_policy.json").write_text('{"Deadly-v0": 0.0}')
     arguments = {**GRID, "envs": ["CartPole-v1", "Deadly-v0"], "algorithms": ["episodic_a2c"]}
@@ -589,7 +579,7 @@ def test_a_callback_that_ends_training_is_a_failure(tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump({"default": {"n_timesteps": 1000, "policy": "MlpPolicy", "callback": callback}}))
     arguments = {**GRID, "algorithms": ["episodic_a2c"], "seeds": 1}
     frame = compare(**arguments, configs={"episodic_a2c": str(config)}, backend="sequential", output=tmp_path / "out")
-    assert "after 1 of 4 evaluations: does a callback" in frame["error"].item()
+    assert "after 1 of 4 evaluations. Remove the `callback`" in frame["error"].item()
 
 
 NAN_ENV = """
@@ -606,7 +596,7 @@ gym.register("NaN-v0", NaN, max_episode_steps=100)
 
 
 def test_rewards_that_are_no_numbers_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With DQN, which does not fail of them by itself: within the budget it only collects."""
+    """With DQN, which does not fail by itself, as it only collects within the budget."""
     (tmp_path / "nan_env.py").write_text(NAN_ENV)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "dqn.yml").write_text("default: {n_timesteps: 480, policy: MlpPolicy, learning_starts: 1000}")
@@ -638,7 +628,7 @@ def test_errors_of_several_lines_are_told_by_the_first(tmp_path: Path, capsys: p
     assert "| CartPole-v1 | a2c | 0 | ValueError: Expected parameter logits" in report
     assert "| CartPole-v1 | a2c | 1 | The process died. |" in report
     assert "seed 0: ValueError: Expected parameter logits" in printed and "seed 1: The process died." in printed
-    # In full elsewhere
+    # The whole error is in the JSON file
     assert "tensor([[nan, nan]])" in json.loads((tmp_path / "results.json").read_text())["failed"][0]["error"]
 
 
@@ -660,7 +650,7 @@ def test_evaluation_grid(total_timesteps: int, n_evaluations: int) -> None:
 
 
 def test_evaluations_off_the_grid_say_so(tmp_path: Path) -> None:
-    """7 environments meet no multiple of 240 at all."""
+    """7 environments reach no multiple of 240 exactly."""
     config = tmp_path / "seven.yml"
     config.write_text("default: {n_timesteps: 1000, policy: MlpPolicy, n_envs: 7}")
     arguments = {**GRID, "algorithms": ["episodic_a2c"], "seeds": 1}
@@ -693,7 +683,7 @@ def test_plan_takes_turns_and_the_smallest_budget(tmp_path: Path) -> None:
 
 
 def test_environments_that_the_zoo_adds(tmp_path: Path) -> None:
-    """In a process of its own: in this one, other tests may have had them registered."""
+    """In a process of its own, as other tests may have registered them in this one."""
     code = (
         "import sys; from sb3_episodic_a2c.tools.comparison.grid import plan_cells; "
         "cells = plan_cells(['CartPoleNoVel-v1'], ['episodic_a2c_lstm', 'ppo_lstm'], seeds=1, output=sys.argv[1]); "
@@ -720,7 +710,7 @@ def test_matched_a2c_is_a_row_of_its_own(tmp_path: Path) -> None:
     assert type(model.policy.optimizer) is type(ours.policy.optimizer) is th.optim.Adam
     for name in ("eps", "betas", "weight_decay"):
         assert model.policy.optimizer.param_groups[0][name] == ours.policy.optimizer.param_groups[0][name]
-    # That of our file, lin_0.003
+    # The learning rate of our file is lin_0.003
     assert [model.lr_schedule(progress) for progress in (1.0, 0.5)] == pytest.approx([0.003, 0.0015])
     assert model.n_envs == 1
 
@@ -750,7 +740,7 @@ def test_numpy_integers_and_evaluations_by_environment(tmp_path: Path) -> None:
 
 
 def test_hyperparameters_of_a_python_file_are_not_written_to(tmp_path: Path) -> None:
-    """A2C puts its optimizer into the caller's dict, and the Zoo deletes what it has read."""
+    """A2C puts its optimizer into the caller's dict, and the Zoo deletes entries that it has read."""
     config = tmp_path / "hyperparams.py"
     config.write_text(
         "hyperparams = {'default': dict(n_timesteps=1000, policy='MlpPolicy', n_envs=2, policy_kwargs=dict(net_arch=[8]))}"
@@ -758,14 +748,14 @@ def test_hyperparameters_of_a_python_file_are_not_written_to(tmp_path: Path) -> 
     arguments = {**GRID, "algorithms": ["a2c"], "output": tmp_path / "out", "configs": {"a2c": str(config)}}
     cells = plan_cells(**arguments)
     before = json.dumps([cell.settings for cell in cells])
-    assert module.run_cells(cells, backend="sequential") == {}
+    assert run_cells(cells, backend="sequential") == {}
     assert json.dumps([cell.settings for cell in cells]) == before
     frame = results_frame(cells, {})
     assert (frame["status"] == "finished").all()
 
 
 def test_report_of_unusual_hyperparameters(tmp_path: Path) -> None:
-    """Of several lines, and infinite, which JSON does not know."""
+    """Of several lines, or infinite, which JSON does not have."""
     config = tmp_path / "a2c.yml"
     text = "dict(\n  net_arch=[8])\n"
     entry = {"n_timesteps": 480, "policy": "MlpPolicy", "max_grad_norm": float("inf"), "policy_kwargs": text}
@@ -776,7 +766,7 @@ def test_report_of_unusual_hyperparameters(tmp_path: Path) -> None:
     assert row in (tmp_path / "out" / "report.md").read_text()
     (hyperparams,) = json.loads((tmp_path / "out" / "results.json").read_text())["hyperparams"]
     assert (hyperparams["max_grad_norm"], hyperparams["policy_kwargs"]) == (None, text)
-    # And they are found again
+    # The second comparison recognises them
     before = stamps(tmp_path / "out")
     compare(**arguments, backend="sequential")
     assert stamps(tmp_path / "out") == before
@@ -839,7 +829,7 @@ def test_bad_config(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_backend_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.BACKEND_PACKAGES, "ray", "no_such_package")
+    monkeypatch.setitem(BACKEND_PACKAGES, "ray", "no_such_package")
     with pytest.raises(ValueError, match="Install it with: pip install no_such_package"):
         compare(**GRID, backend="ray", output=tmp_path / "out")
 
@@ -856,6 +846,27 @@ def test_missing_extra_is_one_line(tmp_path: Path) -> None:
     )
     assert process.returncode == 1
     assert process.stderr.strip().splitlines()[-1].endswith("Install it with: pip install 'sb3-episodic-a2c[compare]'")
+
+
+def test_help_says_what_is_fair(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--n-evaluations" in printed
+    # As it stands in the package, lines and all
+    assert comparison.__doc__ is not None and comparison.__doc__.strip() in printed
+    for words in ("Fairness: the same for all algorithms", "Fairness: what differs", "Kept work", "Backends"):
+        assert words in printed
+
+
+def test_workers_import_no_more_than_they_need() -> None:
+    code = (
+        "import sys; import sb3_episodic_a2c.tools.comparison.training; "
+        "print([name for name in ('matplotlib', 'pandas', 'scipy.stats') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_arguments_of_the_command_line() -> None:
@@ -878,7 +889,7 @@ def test_arguments_of_the_command_line() -> None:
         "a2c": "b.yml",
         "ppo": "c:d.yml",
     }
-    # Not compared, which is then said, instead of that there is no file ppo:x.yml
+    # Kept, so that the error is that ppo is not compared, instead of a missing file ppo:x.yml
     assert parse_configs(["ppo:x.yml"], ["a2c"]) == {"ppo": "x.yml"}
     with pytest.raises(ValueError, match="`conf` is given twice for 'episodic_a2c'"):
         parse_configs(["a.yml", "episodic_a2c:b.yml"], algorithms)
@@ -892,7 +903,7 @@ def test_time_left_is_learnt_from_finished_cells(tmp_path: Path) -> None:
     known = {("CartPole-v1", "episodic_a2c"): [1.0, 3.0], ("Pendulum-v1", "a2c"): [10.0]}
     # Ours and A2C on CartPole-v1, ours and A2C on Pendulum-v1
     assert seconds_left(missing, known) == 2 + 2 + 10 + 10
-    assert [module._duration(seconds) for seconds in (5, 130, 7_260)] == ["5 s", "2 min", "2 h 01 min"]
+    assert [format_duration(seconds) for seconds in (5, 130, 7_260)] == ["5 s", "2 min", "2 h 01 min"]
 
 
 # ------------------------------------------------------------------ figures
@@ -947,7 +958,7 @@ def test_reached_and_stayed() -> None:
     for run, timesteps in zip(runs, stayed, strict=True):
         (summary,) = summarize(frame_of({("CartPole-v1", "ours"): [run]}), np.random.default_rng(0))
         assert summary.timesteps_to_stay == timesteps
-    # Half of the runs is not more than half of them
+    # The median is infinite unless more than half of the runs reach it
     for n_solved, median in ((2, np.inf), (3, 100)):
         scores = [[0, 480, 480]] * n_solved + [[0, 0, 0]] * (4 - n_solved)
         (summary,) = summarize(frame_of({("CartPole-v1", "ours"): scores}), np.random.default_rng(0))
@@ -1016,7 +1027,7 @@ def test_random_actions_that_fail_lose_no_report(
 ) -> None:
     (tmp_path / "endless_envs.py").write_text(ENDLESS)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("sb3_episodic_a2c.tools.comparison.report.RANDOM_TIMESTEPS", 500)
+    monkeypatch.setattr("sb3_episodic_a2c.tools.comparison.normalization.RANDOM_TIMESTEPS", 500)
     arguments = {**GRID, "envs": ["Endless-v0", "Broken-v0"], "algorithms": ["a2c"], "gym_packages": ["endless_envs"]}
     config = tmp_path / "a2c.yml"
     config.write_text("default: {n_timesteps: 1000, policy: MlpPolicy}")
@@ -1027,7 +1038,7 @@ def test_random_actions_that_fail_lose_no_report(
     report = (tmp_path / "out" / "report.md").read_text()
     assert "Not normalised: Endless-v0: random actions failed: not usable, left out; Broken-v0" in report
     assert len(pd.read_csv(tmp_path / "out" / "results.csv")) == 4
-    # As many episodes as fit
+    # As many episodes as fit into the env steps
     assert 5 < random_policy_score("CartPole-v1") < 60
 
 
@@ -1066,7 +1077,7 @@ def test_terminal_tables_cut_no_names_and_no_figures(width: int) -> None:
 
 
 def band(axes: Axes, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the polygon of an interval has its corners, with the lowest and the highest value there."""
+    """The corners of the polygon of an interval, with the lowest and the highest value at each."""
     corners = axes.collections[index].get_paths()[0].vertices
     x = np.unique(corners[:, 0])
     limits = [corners[corners[:, 0] == one, 1] for one in x]
@@ -1088,19 +1099,19 @@ def random_runs(env_ids: list[str], n_runs: int) -> pd.DataFrame:
 def test_learning_curves(over_time: bool) -> None:
     env_ids = ["CartPole-v1", "Pendulum-v1"]
     frame = random_runs(env_ids, 8)
-    # Evaluation i of seed s after i (1 + s)^2 seconds, of the other twice as many: medians are 20.5 i and 41 i
+    # Evaluation i of seed s is after i (1 + s)^2 seconds, or twice as many: the medians are 20.5 i and 41 i
     frame["train_seconds"] = frame["evaluation"] * (1 + frame["seed"]) ** 2 * frame["algorithm"].map({"ours": 1, "other": 2})
     failed = {"algorithm": "broken", "env_id": "CartPole-v1", "seed": 0, "status": "failed", "error": "it failed"}
     figure = plot_curves(pd.concat([frame, pd.DataFrame([failed])]), np.random.default_rng(0), over_time)
     assert figure is not None
-    # Before training no time has passed, and a logarithmic axis has no zero
+    # The first evaluation is at time 0, which a logarithmic axis does not have
     shown = slice(1 if over_time else 0, None)
     expected_x = (
         {"ours": [20.5, 41.0], "other": [41.0, 82.0]} if over_time else {"ours": [0, 100, 200], "other": [0, 100, 200]}
     )
     rng = np.random.default_rng(0)
     for axes, env_id in zip(figure.axes, env_ids, strict=True):
-        # One of what has finished; and the threshold, which Pendulum has not
+        # A line for each finished algorithm, and one for the threshold, which Pendulum does not have
         assert len(axes.lines) == (3 if env_id == "CartPole-v1" else 2)
         assert len(axes.collections) == 2
         for index, algorithm in enumerate(("ours", "other")):
@@ -1108,7 +1119,7 @@ def test_learning_curves(over_time: bool) -> None:
             rewards = runs["mean_reward"].to_numpy().reshape(8, 3)
             line = axes.lines[index]
             assert line.get_xdata().tolist() == expected_x[algorithm]
-            # Of eight runs, the middle four
+            # The mean of the middle four of eight runs
             np.testing.assert_allclose(line.get_ydata(), np.sort(rewards, axis=0)[2:6].mean(axis=0)[shown])
             assert (line.get_color(), line.get_linestyle()) == legend_entries(figure)[algorithm]
             _, low, high = iqm_band(rewards, rng)
@@ -1150,7 +1161,7 @@ def test_words_of_learning_curves_do_not_overlap(over_time: bool, start: float, 
     figure.canvas.draw()
     panels = [axes for axes in figure.axes if axes.axison]
     assert [axes.get_title() for axes in panels] == env_ids
-    # Three in the first row, and below the last one nothing
+    # Three in the first row; the third has no panel below it, so it has the words
     assert [bool(axes.get_xlabel()) for axes in panels] == [False, False, True, True, True]
     assert [bool(axes.get_ylabel()) for axes in panels] == [True, False, False, True, False]
     for axes in panels:
@@ -1180,7 +1191,7 @@ def test_plot_of_scores() -> None:
             bar, line = axes.patches[index], axes.lines[index]
             assert (bar.get_x(), bar.get_x() + bar.get_width()) == pytest.approx((one.iqm[metric].low, one.iqm[metric].high))
             assert line.get_xdata() == [one.iqm[metric].value]
-            # Where its name is
+            # On the same height as its name
             assert line.get_ydata() == [axes.get_yticks()[index]] == [bar.get_y() + bar.get_height() / 2]
             assert (line.get_color(), line.get_marker()) == (STYLES[index][0], STYLES[index][2])
             assert to_rgb(bar.get_facecolor()) == to_rgb(line.get_color())
@@ -1192,7 +1203,7 @@ def test_plot_of_scores() -> None:
 
 
 def profile_of(scores: dict[tuple[str, str], list[float]]) -> Figure | None:
-    """Of scores that are normalised already, from the first evaluation on: then both metrics are the same."""
+    """Of normalised scores that are equal at all evaluations, so that both metrics are equal."""
     summaries = summarize(
         frame_of({name: [[score] * 3 for score in runs] for name, runs in scores.items()}), np.random.default_rng(0)
     )
@@ -1233,7 +1244,7 @@ def test_performance_profile() -> None:
         _, low, high = profile_band(samples, x, rng)
         corners, drawn_low, drawn_high = band(final, index)
         np.testing.assert_array_equal(corners, x)
-        # A corner is the end of one step and the start of the next, lower one
+        # A corner ends one step and starts the next, lower one
         np.testing.assert_array_equal((drawn_low[1:], drawn_high[1:]), (low[1:], high[:-1]))
         assert to_rgb(final.collections[index].get_facecolor()[0]) == to_rgb(line.get_color())
     for line, other in zip(final.lines, figure.axes[1].lines, strict=True):
@@ -1256,7 +1267,7 @@ def test_performance_profile_is_not_squeezed_by_one_run() -> None:
     assert figure is not None
     x, y = figure.axes[0].lines[0].get_data()
     assert -0.6 < x[0] < -0.5
-    # The one below is still counted
+    # The run below the axis still counts
     assert y[0] == 0.75
 
 
@@ -1267,7 +1278,7 @@ def test_nothing_to_plot(tmp_path: Path) -> None:
     summaries = summarize(frame, np.random.default_rng(0))
     scale = {"CartPole-v1": Scale(0.0, 1.0, True)}
     assert plot_profile(summaries, scale, np.random.default_rng(0)) is None
-    # And without a usable scale
+    # Nor without a usable scale
     summaries = summarize(random_runs(["CartPole-v1"], 2), np.random.default_rng(0))
     assert plot_profile(summaries, {"CartPole-v1": Scale(1.0, 1.0, False)}, np.random.default_rng(0)) is None
 

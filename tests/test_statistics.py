@@ -46,7 +46,7 @@ def test_iqm_is_a_naive_loop(n_runs: int) -> None:
 
 
 def all_resamples(strata: list[list[float]]) -> np.ndarray:
-    """The IQM of all resamples there are, by loops."""
+    """The IQM of every possible resample, by loops."""
     values = []
     for resamples in itertools.product(*(itertools.product(sample, repeat=len(sample)) for sample in strata)):
         values.append(naive_iqm([score for resample in resamples for score in resample]))
@@ -70,7 +70,7 @@ def test_interval_is_that_of_all_resamples(strata: list[list[float]], confidence
 
 
 def test_strata_are_resampled_on_their_own() -> None:
-    """Environments of different level but without spread leave no doubt; runs from one pot would."""
+    """Environments of different level but without spread leave no doubt. Resampling all runs together would."""
     estimate = stratified_iqm([np.zeros(5), np.full(5, 100.0)], np.random.default_rng(0))
     assert estimate == (50.0, 50.0, 50.0)
 
@@ -95,7 +95,7 @@ SCORES: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] 
     "normal": lambda rng, shape: rng.normal(size=shape),
     "lognormal": lambda rng, shape: rng.lognormal(size=shape),
     "exponential": lambda rng, shape: rng.exponential(size=shape),
-    # As on CartPole-v1: most runs are at or near the most there is
+    # As on CartPole-v1: most runs are at or near the maximum
     "saturating": lambda rng, shape: np.minimum(1.0, 0.96 + 0.08 * rng.normal(size=shape)),
 }
 
@@ -124,7 +124,7 @@ def test_coverage(name: str, n_envs: int) -> None:
 def test_coverage_over_many_repeats(name: str, n_envs: int, n_runs: int) -> None:
     covered = coverage(name, n_envs, n_runs, n_repeats=3_000)
     print(f"{name}, {n_envs} environments, {n_runs} runs: {100 * covered:.1f}%")
-    # 3,000 repeats are good to 0.8 percent (two standard errors)
+    # Two standard errors of 3,000 repeats are 0.8 percent
     assert 0.925 <= covered <= 0.975
 
 
@@ -172,7 +172,7 @@ def test_probability_is_a_naive_count(seed: int) -> None:
     estimate = probability_of_improvement(ours, others)
     assert estimate.value == pytest.approx(sum(shares) / 2)
     assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
-    # The other way round
+    # With the sides exchanged
     reverse = probability_of_improvement(others, ours)
     np.testing.assert_allclose(reverse, (1 - estimate.value, 1 - estimate.high, 1 - estimate.low), atol=1e-9)
 
@@ -248,7 +248,7 @@ def test_equal_scores_have_no_width_and_warn_of_nothing() -> None:
         assert stratified_iqm([np.full(10, 500.0), np.full(3, 500.0)], rng) == (500.0, 500.0, 500.0)
         np.testing.assert_array_equal(iqm_band(np.full((10, 2), 500.0), rng), np.full((3, 2), 500.0))
         np.testing.assert_array_equal(profile_band([np.ones(5)], np.array([0.0, 2.0]), rng), [[1.0, 0.0]] * 3)
-        # Nothing is known of who is better, except that it is as likely as not
+        # With ties only, either side may be better
         tie = probability_of_improvement([np.ones(10)], [np.ones(10)])
         assert tie.value == 0.5
         assert tie.low < 0.3 and tie.high > 0.7

@@ -1,4 +1,4 @@
-"""Plots of a comparison, as PNG and SVG."""
+"""The plots of a comparison, as PNG and SVG."""
 
 import math
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
-from sb3_episodic_a2c.tools.comparison import statistics
-from sb3_episodic_a2c.tools.comparison.report import METRICS, Overall, Scale, Summary, reward_threshold
+from sb3_episodic_a2c.tools.comparison.normalization import Scale, reward_threshold
+from sb3_episodic_a2c.tools.comparison.statistics import iqm_band, profile_band
+from sb3_episodic_a2c.tools.comparison.summaries import METRICS, Overall, Summary, comparable_envs
 
 STYLES = (
     ("#0072B2", "-", "o"),
@@ -24,7 +25,7 @@ STYLES = (
     ("#56B4E9", (0, (3, 1, 1, 1)), "P"),
     ("#000000", (0, (1, 1)), "X"),
 )
-"""Colour (Okabe and Ito's, which the colour-blind can tell apart), line and marker of the algorithms, in their order."""
+"""Colour, line and marker of the algorithms in their order. The colour-blind can tell Okabe and Ito's colours apart."""
 
 PANELS_PER_ROW = 3
 
@@ -38,10 +39,10 @@ def plot_all(
     rng: np.random.Generator,
 ) -> list[Path]:
     """
-    :param frame: See :func:`sb3_episodic_a2c.tools.comparison.grid.results_frame`
-    :param summaries: See :func:`sb3_episodic_a2c.tools.comparison.report.summarize`
-    :param overall: See :func:`sb3_episodic_a2c.tools.comparison.report.summarize_overall`
-    :param scale: See :func:`sb3_episodic_a2c.tools.comparison.report.scales`
+    :param frame: See :func:`sb3_episodic_a2c.tools.comparison.frame.results_frame`
+    :param summaries: See :func:`sb3_episodic_a2c.tools.comparison.summaries.summarize`
+    :param overall: See :func:`sb3_episodic_a2c.tools.comparison.summaries.summarize_overall`
+    :param scale: See :func:`sb3_episodic_a2c.tools.comparison.normalization.scales`
     :param output: Folder to write to
     :param rng: For the bootstrap
     :return: The PNG files; beside each is an SVG
@@ -64,7 +65,7 @@ def plot_all(
 
 
 def _figure(width: float, height: float) -> Figure:
-    # No pyplot: it would pick a window system, and keep the figure alive
+    # Without pyplot, which would choose a window system and keep the figure alive
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -83,7 +84,7 @@ def _legend(figure: Figure, algorithms: Sequence[str], extra: Sequence[Line2D] =
 
 
 def _log_locator(low: float, high: float) -> Locator:
-    """Ticks of a logarithmic axis: at least two, and no more than there is room for."""
+    """Ticks of a logarithmic axis: at least two, and no more than fit."""
     if high / low < 5:
         return MaxNLocator(3)
     return LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,), numticks=7)
@@ -93,9 +94,9 @@ def plot_curves(frame: pd.DataFrame, rng: np.random.Generator, over_time: bool) 
     """
     Learning curves: IQM over runs of the mean reward of each evaluation, with 95% bootstrap intervals.
 
-    :param frame: See :func:`sb3_episodic_a2c.tools.comparison.grid.results_frame`
+    :param frame: See :func:`sb3_episodic_a2c.tools.comparison.frame.results_frame`
     :param rng: For the bootstrap
-    :param over_time: Whether over wall time of training (median over runs), else over env steps
+    :param over_time: True: over wall time of training (median over runs). False: over env steps
     :return: The figure, a panel for each environment; None if nothing has finished
     """
     algorithms = list(frame["algorithm"].unique())
@@ -117,8 +118,8 @@ def plot_curves(frame: pd.DataFrame, rng: np.random.Generator, over_time: bool) 
             table = runs.pivot(index="seed", columns="evaluation", values="mean_reward").to_numpy()
             by_evaluation = runs.groupby("evaluation")
             x = by_evaluation["train_seconds" if over_time else "timesteps"].median().to_numpy()
-            value, low, high = statistics.iqm_band(table, rng)
-            # The first evaluation is at time 0, which a logarithmic axis does not have
+            value, low, high = iqm_band(table, rng)
+            # A logarithmic axis has no zero, and the first evaluation is at time 0
             shown = slice(1 if over_time else 0, None)
             axes.plot(x[shown], value[shown], color=color, linestyle=line, marker=marker, markersize=3.5, linewidth=1.8)
             axes.fill_between(x[shown], low[shown], high[shown], color=color, alpha=0.18, linewidth=0)
@@ -131,7 +132,7 @@ def plot_curves(frame: pd.DataFrame, rng: np.random.Generator, over_time: bool) 
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(_log_locator(*axes.get_xlim()))
             axes.xaxis.set_minor_locator(NullLocator())
-            # Not in SI prefixes: 100m would be read as minutes
+            # No SI prefixes: 100m would be read as minutes
             axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}" if seconds < 10_000 else f"{seconds / 1_000:g}k")
         else:
             axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -150,10 +151,10 @@ def plot_curves(frame: pd.DataFrame, rng: np.random.Generator, over_time: bool) 
 
 def plot_scores(summaries: Sequence[Summary], overall: Sequence[Overall]) -> Figure:
     """
-    IQM with its 95% interval of both metrics.
+    Both metrics: IQM with its 95% interval.
 
-    :param summaries: See :func:`sb3_episodic_a2c.tools.comparison.report.summarize`
-    :param overall: See :func:`sb3_episodic_a2c.tools.comparison.report.summarize_overall`
+    :param summaries: See :func:`sb3_episodic_a2c.tools.comparison.summaries.summarize`
+    :param overall: See :func:`sb3_episodic_a2c.tools.comparison.summaries.summarize_overall`
     :return: The figure: a row for each environment, a column for each metric
     """
     algorithms = list(dict.fromkeys(summary.algorithm for summary in summaries))
@@ -191,17 +192,13 @@ def plot_profile(summaries: Sequence[Summary], scale: dict[str, Scale], rng: np.
     """
     Performance profile: share of runs that score above a threshold, averaged over environments.
 
-    :param summaries: See :func:`sb3_episodic_a2c.tools.comparison.report.summarize`
-    :param scale: See :func:`sb3_episodic_a2c.tools.comparison.report.scales`
+    :param summaries: See :func:`sb3_episodic_a2c.tools.comparison.summaries.summarize`
+    :param scale: See :func:`sb3_episodic_a2c.tools.comparison.normalization.scales`
     :param rng: For the bootstrap
-    :return: The figure; None if there is no environment that every algorithm has runs on
+    :return: The figure; None without an environment that has a usable scale and finished runs of every algorithm
     """
     algorithms = list(dict.fromkeys(summary.algorithm for summary in summaries))
-    env_ids = [
-        env_id
-        for env_id in dict.fromkeys(summary.env_id for summary in summaries)
-        if scale[env_id].is_usable and all(summary.n_seeds for summary in summaries if summary.env_id == env_id)
-    ]
+    env_ids = comparable_envs(summaries, scale)
     if not env_ids:
         return None
     figure = _figure(9.0, 4.0)
@@ -217,13 +214,13 @@ def plot_profile(summaries: Sequence[Summary], scale: dict[str, Scale], rng: np.
         }
         scores = np.concatenate([sample for samples in strata.values() for sample in samples])
         low, high = float(scores.min()), float(scores.max())
-        # A run far below random actions would squeeze all others together
+        # One run far below random actions must not squeeze all others together
         low = max(low, min(-0.5, high - 0.5))
-        # All scores may be equal
+        # A width even where all scores are equal
         margin = max(0.02 * (high - low), 0.01)
         thresholds = np.linspace(low - margin, high + margin, 201)
         for algorithm, (color, line, _) in _styles(algorithms).items():
-            value, lower, upper = statistics.profile_band(strata[algorithm], thresholds, rng)
+            value, lower, upper = profile_band(strata[algorithm], thresholds, rng)
             axes.plot(thresholds, value, color=color, linestyle=line, linewidth=1.8, drawstyle="steps-post")
             axes.fill_between(thresholds, lower, upper, color=color, alpha=0.18, linewidth=0, step="post")
         axes.set(title=title, xlabel="normalised score (0: random actions, 1: reference)", ylim=(-0.02, 1.02))

@@ -1,9 +1,11 @@
 """
-Statistics over few runs, after Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical Precipice",
-https://arxiv.org/abs/2108.13264. Pure functions; the arithmetic is SciPy's.
+Statistics over few runs: interquartile means, intervals, probabilities of improvement. The arithmetic is SciPy's.
 
-Scores come as one sample an environment, shape ``(n_runs,)`` each: the strata. Resampling draws the runs of each environment
-on their own.
+After Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical Precipice",
+https://arxiv.org/abs/2108.13264.
+
+The scores of each environment are one sample, shape ``(n_runs,)``; the samples are called strata. A bootstrap resamples the
+runs of each environment separately.
 """
 
 import math
@@ -18,7 +20,7 @@ TRIMMED = 0.25
 
 
 class Estimate(NamedTuple):
-    """A figure with its confidence interval. Without an interval (too few runs), ``low`` and ``high`` are NaN."""
+    """A figure with its confidence interval. With too few runs there is none: ``low`` and ``high`` are NaN."""
 
     value: float
     low: float
@@ -27,7 +29,7 @@ class Estimate(NamedTuple):
 
 def iqm(scores: np.ndarray, axis: int = -1) -> np.ndarray:
     """
-    Interquartile mean: the mean without the lowest and the highest quarter, of which the fraction of a run is rounded down.
+    Interquartile mean: the mean without the lowest and the highest quarter, each rounded down to whole runs.
 
     :param scores: Scores; shape ``(..., n_runs)`` with the default axis
     :param axis: The axis of the runs
@@ -39,8 +41,8 @@ def iqm(scores: np.ndarray, axis: int = -1) -> np.ndarray:
 def check_strata(strata: Sequence[np.ndarray]) -> list[np.ndarray]:
     """
     :param strata: One sample an environment, shape ``(n_runs,)`` each
-    :return: They as float arrays
-    :raises ValueError: There is none, or one is empty, or holds NaN or infinity
+    :return: The same as float arrays
+    :raises ValueError: There is no sample, or one is empty or holds NaN or infinity
     """
     samples = [np.asarray(sample, dtype=float) for sample in strata]
     if not samples:
@@ -54,7 +56,7 @@ def check_strata(strata: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def check_confidence(confidence: float) -> None:
-    """:raises ValueError: It is not between 0 and 1"""
+    """:raises ValueError: ``confidence`` is not between 0 and 1"""
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"`confidence` is {confidence}. It must be between 0 and 1, e.g. 0.95.")
 
@@ -66,20 +68,21 @@ def stratified_iqm(
     Interquartile mean over all runs of all environments, with a stratified bootstrap interval.
 
     The interval is the percentile interval at an expanded level (Hesterberg 2015,
-    https://doi.org/10.1080/00031305.2015.1089789), since with ten runs a plain one is too narrow. With ``n`` runs in ``k``
-    strata, resampling each on its own leaves ``(n - k) / (n - 1)`` of the variance of resampling all together: that is given
-    back, and the quantile is Student's with ``n - k`` degrees of freedom instead of the normal one.
+    https://doi.org/10.1080/00031305.2015.1089789), as with ten runs a plain one is too narrow. The level corrects two things.
+    With ``n`` runs in ``k`` strata, resampling each stratum separately has only ``(n - k) / (n - 1)`` of the variance of
+    resampling all runs together. And the quantile is Student's with ``n - k`` degrees of freedom, not the normal one.
 
     In simulations with 1, 3 and 5 environments and 5 to 30 runs each, on normal, lognormal, exponential, uniform and
     saturating scores, a 95% interval covered the population's IQM in 93 to 97% of the cases (``tests/test_statistics.py``),
-    a plain percentile interval in 89 to 95%; the studentised bootstrap broke down on scores that pile up at a maximum (76 to
-    97%). With fewer than ten runs, some of which fail altogether (two separate modes), ours covers 88 to 91% only.
+    a plain percentile interval in 89 to 95%. The studentised bootstrap broke down on scores that pile up at a maximum (76 to
+    97%). Where some of fewer than ten runs fail altogether (two separate modes), ours covers only 88 to 91%.
 
     :param strata: One sample an environment, shape ``(n_runs,)`` each
-    :param rng: Where the resamples are drawn from
+    :param rng: Draws the resamples
     :param confidence: Of the interval
     :param n_resamples: Number of resamples
-    :return: The figure. With one run in a stratum there is no interval; if all scores of each are equal, it has no width
+    :return: The figure. If a stratum has only one run, there is no interval. If the scores of each stratum are all equal, the
+        interval has no width
     :raises ValueError: See :func:`check_strata`
     """
     check_confidence(confidence)
@@ -107,7 +110,7 @@ def iqm_band(
     Interquartile mean over the runs at each point of a curve, with pointwise intervals as in :func:`stratified_iqm`.
 
     :param scores: Shape ``(n_runs, n_points)``
-    :param rng: Where the resamples are drawn from
+    :param rng: Draws the resamples
     :param confidence: Of the intervals
     :param n_resamples: Number of resamples
     :return: Value, lower and upper limit; shape ``(n_points,)`` each
@@ -125,7 +128,13 @@ def iqm_band(
 
 
 def _expanded_confidence(sizes: Sequence[int], confidence: float) -> float:
-    """Level at which a stratified percentile interval has about the coverage asked for; NaN if a stratum has one run."""
+    """
+    Level at which a stratified percentile interval has about the coverage ``confidence``.
+
+    :param sizes: Number of runs of each stratum
+    :param confidence: Of the interval
+    :return: The level; NaN if a stratum has only one run
+    """
     n_runs, n_strata = sum(sizes), len(sizes)
     if min(sizes) < 2:
         return math.nan
@@ -135,19 +144,19 @@ def _expanded_confidence(sizes: Sequence[int], confidence: float) -> float:
 
 def probability_of_improvement(ours: Sequence[np.ndarray], others: Sequence[np.ndarray], confidence: float = 0.95) -> Estimate:
     """
-    Probability that a run of ours scores higher than a run of the other on the same environment, a tie counting half: the
-    Mann-Whitney statistic over the number of pairs, averaged over environments.
+    Probability that a run of ours scores higher than a run of the other on the same environment, a tie counting half.
 
-    The interval of an environment is Newcombe's (2006, method 5, https://doi.org/10.1002/sim.2324), which keeps a width where
-    one side always wins: there a bootstrap would say 1.0 to 1.0 after two runs. Those of several environments are combined by
-    the squares of their distances to the estimate (MOVER, Zou & Donner 2008, https://doi.org/10.1002/sim.3095). In simulations
-    with 10 runs a side a 95% interval covered 92 to 97% for one environment, and 85 to 94% for the mean of five (least where
-    one side nearly always wins).
+    It is the Mann-Whitney statistic over the number of pairs, averaged over environments. The interval of one environment is
+    Newcombe's (2006, method 5, https://doi.org/10.1002/sim.2324), which keeps a width where one side always wins: a bootstrap
+    would claim 1.0 to 1.0 after two runs. The intervals of several environments are combined by the squares of their distances
+    to the estimate (MOVER, Zou & Donner 2008, https://doi.org/10.1002/sim.3095). In simulations with 10 runs on each side, a
+    95% interval covered 92 to 97% for one environment, and 85 to 94% for the mean of five (least where one side nearly always
+    wins).
 
     :param ours: One sample an environment, shape ``(n_runs,)`` each
-    :param others: Likewise, the environments in the same order; numbers of runs may differ
+    :param others: The same for the other, with the environments in the same order. Numbers of runs may differ
     :param confidence: Of the interval
-    :return: The figure. With one run on a side there is no interval
+    :return: The figure. If a side has only one run, there is no interval
     :raises ValueError: See :func:`check_strata`; or the numbers of environments differ
     """
     check_confidence(confidence)
@@ -170,11 +179,11 @@ def _newcombe(ours: np.ndarray, others: np.ndarray, confidence: float) -> Estima
     more = (ours.size + others.size) / 2 - 1
 
     def excess(probability: float) -> float:
-        """Squared distance to the estimate beyond the one that is compatible with it."""
+        """Squared distance to the estimate, minus the largest that is compatible with it: a limit is where this is 0."""
         spread = 1 + more * (1 - probability) / (2 - probability) + more * probability / (1 + probability)
         return (probability - value) ** 2 - quantile**2 * probability * (1 - probability) * spread / n_pairs
 
-    # At 0 and 1 the estimate itself is a root, too
+    # An estimate of 0 or 1 is itself a root, so these ends are excluded from the search
     low = optimize.brentq(excess, 0.0, min(value, 1 - 1e-9)) if value > 0 else 0.0
     high = optimize.brentq(excess, max(value, 1e-9), 1.0) if value < 1 else 1.0
     return Estimate(value, float(low), float(high))
@@ -184,8 +193,8 @@ def performance_profile(strata: Sequence[np.ndarray], thresholds: np.ndarray) ->
     """
     Share of runs that score above a threshold, averaged over environments.
 
-    :param strata: One sample an environment, shape ``(n_runs,)`` each; scores normalised, so that one threshold means the same
-        in each
+    :param strata: One sample an environment, shape ``(n_runs,)`` each. The scores are normalised, so that a threshold means
+        the same in each
     :param thresholds: Shape ``(n_thresholds,)``
     :return: Shape ``(n_thresholds,)``, from 1 down to 0
     :raises ValueError: See :func:`check_strata`
@@ -238,7 +247,7 @@ def mean_and_std(scores: np.ndarray) -> tuple[float, float]:
 
 def normalized_area(timesteps: np.ndarray, rewards: np.ndarray) -> np.ndarray:
     """
-    Area under an evaluation curve (trapezoids) over its length: the mean reward over the budget.
+    Area under an evaluation curve (by trapezoids), divided by its length: the mean reward over the budget.
 
     :param timesteps: Env steps of the evaluations, ascending; shape ``(n_evaluations,)``
     :param rewards: Mean rewards there; shape ``(..., n_evaluations)``
