@@ -29,10 +29,11 @@ def gif_frames(path: Path) -> tuple[int, float]:
     """Number of frames, and seconds that the animation takes."""
     with Image.open(path) as image:
         milliseconds = 0
-        for index in range(image.n_frames):  # type: ignore[attr-defined]
+        n_frames = image.n_frames  # type: ignore[attr-defined]  # Pillow's hints do not declare it
+        for index in range(n_frames):
             image.seek(index)
             milliseconds += image.info["duration"]
-        return image.n_frames, milliseconds / 1_000  # type: ignore[attr-defined]
+        return n_frames, milliseconds / 1_000
 
 
 def test_solve_writes_everything(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_solve_stops_when_solved(tmp_path: Path, capsys: pytest.CaptureFixture) 
         f"Solved CartPole-v1 at episode {result['solved_at']['n_episodes']}: {result['num_timesteps']:,} env steps" in output
     )
     assert len(list((tmp_path / "out").glob("*.monitor.csv"))) == 2
-    # What is there is never written over
+    # An existing model is never overwritten
     assert main(arguments) == 1
     assert "holds a model already" in capsys.readouterr().err
 
@@ -99,7 +100,7 @@ def test_default_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--env", "Pendulum-v1"], "Pendulum-v1 names no reward threshold"),
+        (["--env", "Pendulum-v1"], "Pendulum-v1 has no reward threshold of its own"),
         (["--env", "CartPole-v1", "--n-envs", "0"], "`n_envs` is 0"),
         (["--env", "CartPole-v1", "--total-timesteps", "-5"], "`total_timesteps` is -5"),
         (["--env", "CartPole-v1", "--n-envs", "2", "--preset", "notebook"], "the notebook has one environment"),
@@ -175,7 +176,7 @@ def test_gif_under_vec_normalize(tmp_path: Path) -> None:
     rewards = record_gif(
         model, "CartPole-v1", tmp_path / "x.gif", seed=0, max_steps=20, vec_normalize_path=tmp_path / "vecnormalize.pkl"
     )
-    # In the environment's own units: one a step
+    # In the environment's own units: one for each step
     assert rewards[0] in range(8, 21)
 
 
@@ -207,14 +208,14 @@ def test_bench_measures_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 class NeverRendered(CartPoleEnv):
-    """Its constructor knows no `render_mode`."""
+    """Its constructor does not take `render_mode`."""
 
     def __init__(self) -> None:
         super().__init__()
 
 
 def test_bench_asks_for_no_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LunarLander keeps particles for them, which make its physics slower and slower."""
+    """For images LunarLander keeps particles, which make its physics slower and slower."""
     assert benchmark.make_env("LunarLander-v3", 1).render_mode is None
     spec = gym.envs.registration.EnvSpec("NeverRendered-v0", entry_point=NeverRendered)
     monkeypatch.setitem(gym.registry, "NeverRendered-v0", spec)
@@ -223,16 +224,16 @@ def test_bench_asks_for_no_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:No episode ended")
 def test_what_else_bench_measures() -> None:
-    """On short runs: that it runs, and that what cannot be negative is not."""
+    """On short runs: it runs, and gives no negative figures."""
     costs = benchmark.episode_length_cost(repeats=1, n_steps=200)
     assert set(costs) == {10, 100, 1_000, 10_000} and min(costs.values()) > 0
     seconds = benchmark.recurrent_update_seconds(repeats=1, n_envs=2, n_steps=20)
     assert set(seconds) == {"RecurrentEpisodicA2C", "RecurrentPPO, batch_size=128", "RecurrentPPO, one batch"}
     assert min(seconds.values()) > 0
-    # Bounded by the batch, not by the episode
+    # The batch bounds it, not the episode
     small_batches = benchmark.in_fresh_process(benchmark.image_update_memory, 280, 8)
     assert 0 < small_batches < benchmark.in_fresh_process(benchmark.image_update_memory, 140, None) / 2
-    # What this process has used before is not counted
+    # Memory of this process does not count
     hoard = np.ones(2**27, dtype=np.uint8)
     assert benchmark.in_fresh_process(benchmark.peak_memory, "EpisodicA2C", benchmark.IMAGE_ENV, 1, 20) > 1
     assert hoard.all()

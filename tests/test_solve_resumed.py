@@ -1,4 +1,4 @@
-"""A run of ``solve`` that was killed goes on when it is started again, and ends as if nothing had happened."""
+"""A run of ``solve`` that was killed goes on when it is started again, and ends as one that was never killed."""
 
 import json
 import multiprocessing
@@ -27,7 +27,7 @@ CONTEXT = multiprocessing.get_context("fork")
 
 
 class UnpicklableEnv(CartPoleEnv):
-    """As Box2D's: a checkpoint cannot hold it."""
+    """A checkpoint cannot hold it, as with Box2D."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -43,7 +43,7 @@ def many_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start_and_kill(n_checkpoints: int, folder: Path, **arguments: Any) -> None:
-    """Start it in a process of its own, and kill that once there are so many checkpoints more."""
+    """Start it in a process of its own, and kill that process after so many more checkpoints."""
 
     def newest() -> int:
         return max((int(path.name.split("_")[1]) for path in folder.glob("checkpoints/*.zip")), default=0)
@@ -54,7 +54,8 @@ def start_and_kill(n_checkpoints: int, folder: Path, **arguments: Any) -> None:
     while newest() < goal:
         assert process.is_alive()
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not (folder / "model.zip").exists()
@@ -85,7 +86,7 @@ def test_killed_runs_go_on(n_envs: int, reward_threshold: float | None, tmp_path
         start_and_kill(n_checkpoints, folder, **arguments)
     result = solve(**arguments, output=folder, progress_bar=False)
     output = capfd.readouterr().out
-    # At the second kill there was nothing yet to go on from
+    # Killed at once the first time, it had no checkpoint to go on from
     assert output.count(f"Going on with {folder}, after ") == 2
 
     assert (expected.solved_at is not None) == (reward_threshold is not None)
@@ -95,7 +96,7 @@ def test_killed_runs_go_on(n_envs: int, reward_threshold: float | None, tmp_path
     models = [EpisodicA2C.load(path / "model.zip", device="cpu") for path in (tmp_path / "expected", folder)]
     for one, other in zip(*(model.policy.parameters() for model in models), strict=True):
         assert th.equal(one, other)
-    # The whole learning curve, nothing missing and nothing twice
+    # The learning curve is whole: no episode is missing, none is there twice
     for index in range(n_envs):
         logs = [
             np.genfromtxt(path / f"{index}.monitor.csv", delimiter=",", skip_header=2)
@@ -105,22 +106,27 @@ def test_killed_runs_go_on(n_envs: int, reward_threshold: float | None, tmp_path
 
 
 def test_environments_that_a_checkpoint_cannot_hold(tmp_path: Path) -> None:
-    """They start fresh episodes; the learning curve has those that the checkpoint has seen, and then the fresh ones."""
-    arguments = {"env_id": "Unpicklable-v0", "n_envs": 2, "reward_threshold": 500.0, "total_timesteps": 3_000}
+    """They start fresh episodes. The learning curve has the episodes before the checkpoint, then the fresh ones."""
+    arguments: dict[str, Any] = {
+        "env_id": "Unpicklable-v0",
+        "n_envs": 2,
+        "reward_threshold": 500.0,
+        "total_timesteps": 3_000,
+    }
     for n_checkpoints in (3, 2):
         start_and_kill(n_checkpoints, tmp_path, **arguments)
-        # Episodes that came after the checkpoint: what is left of them must not be seen
+        # Episodes after the checkpoint: they must vanish from the learning curve
         for path in tmp_path.glob("*.monitor.csv"):
             with open(path, "a") as file:
                 file.write(f"123456.0,10,{10.0**6}\n")
     with pytest.warns(UserWarning, match="cannot be part of the checkpoint"):
-        result = solve(**arguments, output=tmp_path, progress_bar=False)  # type: ignore[arg-type]
+        result = solve(**arguments, output=tmp_path, progress_bar=False)
     assert result.num_timesteps == 3_000
     model = EpisodicA2C.load(tmp_path / "model.zip", device="cpu")
     episodes = load_results(str(tmp_path))
     assert len(episodes) == model._episode_num
     assert episodes["r"].max() <= 500
-    # But for the steps of unfinished episodes, at two stops and at the end
+    # Steps of unfinished episodes are missing, at two stops and at the end
     assert 3_000 - 3 * 2 * 500 < episodes["l"].sum() <= 3_000
     assert [info["r"] for info in model.ep_info_buffer] == episodes["r"].tolist()[-100:]
     # A log for each environment and each start
@@ -179,7 +185,7 @@ def test_killed_while_the_checkpoints_are_removed(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("moment", ["open", "flock"])
 def test_the_other_run_finishes_just_now(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between a look at the folder and the opening of the lock, or between that and the locking."""
+    """Between the check of the folder and the opening of the lock file, or between opening and locking."""
     start_and_kill(1, tmp_path, env_id="CartPole-v1")
     module, function = {"open": (solve_module, open), "flock": (solve_module.fcntl, solve_module.fcntl.flock)}[moment]
 
@@ -201,7 +207,7 @@ def test_files_of_others_are_not_deleted(name: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
     before = set(tmp_path.rglob("*"))
     arguments: dict[str, Any] = {"env_id": "CartPole-v1", "total_timesteps": 100, "output": tmp_path, "progress_bar": False}
-    with pytest.raises(ValueError, match=rf"`output` .* e.g. {name}: give another folder, or `fresh` \(--fresh\)"):
+    with pytest.raises(ValueError, match=rf"`output` .* e.g. {name}. Give another folder, or `fresh` \(--fresh\)"):
         solve(**arguments)
     assert set(tmp_path.rglob("*")) == before
     assert solve(**arguments, fresh=True).num_timesteps == 100
@@ -209,7 +215,7 @@ def test_files_of_others_are_not_deleted(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:No episode ended")
 def test_interrupted_and_started_again(tmp_path: Path) -> None:
-    """Ctrl-C keeps the model that was there; the same call goes on nevertheless, and says so if settings do not fit."""
+    """Ctrl-C keeps the model. The same call goes on; one with other settings is refused."""
     arguments: dict[str, Any] = {"env_id": "CartPole-v1", "output": tmp_path, "progress_bar": False}
 
     def press_ctrl_c() -> None:
@@ -218,7 +224,7 @@ def test_interrupted_and_started_again(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press_ctrl_c).start()
-    # Its traceback is kept, as by a REPL, with all that the call had opened
+    # The traceback is kept, as in a REPL, and with it all that the call had opened
     with pytest.raises(KeyboardInterrupt) as interrupt:
         solve(**arguments, reward_threshold=500.0, total_timesteps=10**7)
     assert {"model.zip", "checkpoints"} <= files_of(tmp_path)
@@ -229,7 +235,7 @@ def test_interrupted_and_started_again(tmp_path: Path) -> None:
         solve(**arguments, seed=1)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
-    # The budget may be another one
+    # The budget may change
     assert solve(**arguments, reward_threshold=500.0, total_timesteps=num_timesteps).num_timesteps == num_timesteps
     assert "checkpoints" not in files_of(tmp_path)
     with pytest.raises(ValueError, match="holds a model already"):
@@ -250,7 +256,7 @@ def test_default_folders_of_unfinished_runs(tmp_path: Path, monkeypatch: pytest.
     folder = Path("runs") / "CartPole-v1-default-seed0"
     start_and_kill(2, folder, env_id="CartPole-v1")
     short = partial(solve, "CartPole-v1", progress_bar=False)
-    # A fresh one, and one of other settings, leave it alone
+    # A fresh run and one with other settings leave it alone
     assert short(total_timesteps=100, fresh=True).output.name == "CartPole-v1-default-seed0-2"
     assert short(total_timesteps=100, n_envs=2).output.name == "CartPole-v1-default-seed0-3"
     assert (folder / "checkpoints").exists()

@@ -1,8 +1,8 @@
 """
-How fast is ``learn()``? EpisodicA2C beside SB3's A2C and PPO, and beside the bare VecEnv, which nobody can outrun.
+How fast is ``learn()``? EpisodicA2C beside SB3's A2C and PPO, and beside the bare VecEnv, which is the upper limit.
 
-The candidates take turns in one process on one torch thread, so that whatever slows the machine down slows all of them down;
-only ratios taken within a turn are worth quoting. Run it on a quiet machine.
+The candidates take turns in one process on one torch thread, so a slow moment of the machine slows all of them down. Only
+ratios within a turn are worth quoting. Run it on a quiet machine.
 """
 
 import argparse
@@ -37,14 +37,14 @@ IMAGE_ENV = "images-84x84x4"
 DEFAULT_ENVS = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "LunarLander-v3", IMAGE_ENV)
 DEFAULT_N_ENVS = (1, 8, 64)
 MAX_IMAGE_ENVS = 8
-"""More images fill gigabytes."""
+"""With more, the images take gigabytes."""
 CEILING = "VecEnv"
 OURS = "EpisodicA2C"
 
 
 class ImageEnv(gym.Env):
     """
-    Random images that cost next to nothing to make: what is left is the cost of learning from images.
+    Random images that cost almost nothing to make, so that the cost of learning from images remains.
 
     :param episode_length: Steps of every episode
     """
@@ -69,7 +69,7 @@ class ImageEnv(gym.Env):
 
 class LengthEnv(gym.Env):
     """
-    Episodes of one length, at next to no cost.
+    Episodes of one length, at almost no cost.
 
     :param episode_length: Steps of every episode
     """
@@ -103,12 +103,12 @@ class Case:
     train_fraction: dict[str, list[float]] = field(default_factory=dict)
     """Candidate: share of the time that went into updates, one figure a turn."""
     env_fraction: dict[str, float] = field(default_factory=dict)
-    """Algorithm: share of its time that the VecEnv took, whose steps may cost more or less than under random actions."""
+    """Algorithm: share of its time in the VecEnv, whose steps may cost more or less than under random actions."""
     peak_mib: dict[str, float] = field(default_factory=dict)
-    """Candidate: memory that a fresh process needed for environments, model and training, beyond its imports."""
+    """Candidate: memory of a fresh process for environments, model and training, beyond its imports."""
 
     def ratios(self, of: str, to: str) -> list[float]:
-        """Speed of one candidate over that of another, turn by turn."""
+        """Speed of one candidate divided by that of another, turn by turn."""
         return [a / b for a, b in zip(self.steps_per_second[of], self.steps_per_second[to], strict=True)]
 
 
@@ -125,7 +125,7 @@ def make_env(env_id: str, n_envs: int) -> VecEnv:
 
 def make_model(name: str, env: VecEnv) -> BaseAlgorithm:
     """
-    Every algorithm with its defaults, except that PPO's rollout is of 2048 steps in all, not 2048 for every environment.
+    Every algorithm with its defaults, except that PPO's rollout has 2048 steps in all, not for every environment.
 
     :param name: ``"EpisodicA2C"``, ``"A2C"`` or ``"PPO"``
     :param env: The environments
@@ -138,14 +138,14 @@ def make_model(name: str, env: VecEnv) -> BaseAlgorithm:
 
 
 class Learner:
-    """An algorithm on an environment, that goes on learning at each turn."""
+    """An algorithm on an environment, which goes on learning at each turn."""
 
     def __init__(self, name: str, env_id: str, n_envs: int) -> None:
         self.env = make_env(env_id, n_envs)
         self.model = make_model(name, self.env)
         self.train_seconds = 0.0
-        self._train = self.model.train  # type: ignore[attr-defined]
-        self.model.train = self._timed_train  # type: ignore[attr-defined]
+        self._train = self.model.train  # type: ignore[attr-defined]  # SB3's base class does not declare `train`
+        self.model.train = self._timed_train  # type: ignore[attr-defined]  # likewise
         self.is_started = False
 
     def _timed_train(self) -> None:
@@ -157,7 +157,7 @@ class Learner:
         before = self.model.num_timesteps if self.is_started else 0
         self.train_seconds = 0.0
         with warnings.catch_warnings():
-            # A turn may be shorter than an episode, which then ends in a later one
+            # A turn may be shorter than an episode, which then ends in a later turn
             warnings.filterwarnings("ignore", "No episode ended")
             self.model.learn(n_steps, reset_num_timesteps=not self.is_started)
         self.is_started = True
@@ -165,7 +165,7 @@ class Learner:
 
     def env_fraction(self, n_steps: int) -> float:
         """
-        :param n_steps: Env steps of a turn of its own, as watching takes time too
+        :param n_steps: Env steps of a separate turn, as measuring each step takes time
         :return: Share of its time that went into ``VecEnv.step``
         """
         env: Any = self.model.env
@@ -217,7 +217,7 @@ def measure(env_id: str, n_envs: int, candidates: list[str], repeats: int, secon
     players.update({name: Learner(name, env_id, n_envs) for name in candidates})
     n_steps = {}
     for name, player in players.items():
-        # Warm up, and see how much fits
+        # Warm up, and measure how many steps take ``seconds``
         n_warm_up = max(2_048, 250 * n_envs)
         player.run(n_warm_up)
         start = time.perf_counter()
@@ -238,7 +238,7 @@ def measure(env_id: str, n_envs: int, candidates: list[str], repeats: int, secon
 
 
 def in_fresh_process(function: Callable[..., float], *arguments: Any) -> float:
-    """Call a function in a process of its own, whose peak memory is that of this call alone."""
+    """Call a function in a process of its own, so that the peak memory is that of this call alone."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -246,10 +246,10 @@ def in_fresh_process(function: Callable[..., float], *arguments: Any) -> float:
 def _peak_mib() -> float:
     status = Path("/proc/self/status")
     if status.exists():
-        # On Linux, what `getrusage` says begins with the memory of the process that this one was started from
+        # Not `getrusage`: on Linux its peak includes the memory of the process that started this one
         (kib,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(kib) / 2**10
-    # Not on Windows: there, --no-memory --no-extra
+    # Windows has no such module: use --no-memory --no-extra there
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -257,7 +257,7 @@ def _peak_mib() -> float:
 
 
 def _forget_peak() -> None:
-    """Let the peak begin with what the process needs now, where the system can (Linux)."""
+    """Reset the peak to what the process needs now, where the system supports it (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -268,7 +268,7 @@ def peak_memory(name: str, env_id: str, n_envs: int, n_steps: int) -> float:
     :param env_id: See :func:`make_env`
     :param n_envs: Number of copies
     :param n_steps: Env steps to train for
-    :return: MiB that the process has grown by
+    :return: MiB by which the process has grown
     """
     th.set_num_threads(1)
     before = _peak_mib()
@@ -300,7 +300,7 @@ def recurrent_update_seconds(repeats: int, n_envs: int = 8, n_steps: int = 200) 
     One pass over ``n_envs`` episodes of ``n_steps`` steps with the same LSTM policy, here and in sb3-contrib.
 
     :param repeats: Number of turns
-    :param n_envs: Number of environments, so of episodes
+    :param n_envs: Number of environments, and of episodes
     :param n_steps: Steps of every episode
     :return: Seconds, median over the turns. RecurrentPPO with its default ``batch_size``, and with all transitions at once
     """
@@ -336,13 +336,13 @@ def image_update_memory(episode_length: int, batch_size: int | None) -> float:
     train = model.train
 
     def watched_train() -> None:
-        # Growing the storage of the episode had needed more for a moment
+        # Growing the storage of the episode may have needed more for a moment
         _forget_peak()
         peaks.append(_peak_mib())
         train()
         peaks.append(_peak_mib())
 
-    model.train = watched_train  # type: ignore[method-assign]
+    model.train = watched_train  # type: ignore[method-assign]  # to measure around it
     model.learn(episode_length)
     return peaks[1] - peaks[0]
 
@@ -362,7 +362,7 @@ def benchmark(
     :param candidates: Names of algorithms
     :param repeats: Number of turns
     :param seconds: About how long a candidate may run at each turn
-    :param with_memory: Whether to measure peak memory too, each in a process of its own
+    :param with_memory: Whether to measure peak memory, each in a process of its own
     :param on_case: Called with every case as soon as it is measured
     :return: The cases
     """
@@ -372,7 +372,7 @@ def benchmark(
         for n in dict.fromkeys(min(n, MAX_IMAGE_ENVS) for n in n_envs) if env_id == IMAGE_ENV else n_envs:
             case = measure(env_id, n, list(candidates), repeats, seconds)
             if with_memory:
-                # Several rollouts of A2C and PPO, and for every environment a whole episode of most
+                # Several rollouts of A2C and PPO, and in most environments at least one whole episode each
                 n_steps = max(4_096, 500 * n)
                 case.peak_mib = {name: in_fresh_process(peak_memory, name, env_id, n, n_steps) for name in candidates}
             cases.append(case)
@@ -381,7 +381,7 @@ def benchmark(
 
 
 def describe(case: Case) -> list[str]:
-    """One row of the table for every candidate: the cells."""
+    """One row of the table for each candidate, with its cells joined."""
     rows = []
     for name, speeds in case.steps_per_second.items():
         cells = [case.env_id, str(case.n_envs), name, f"{statistics.median(speeds):,.0f}", _spread(speeds, "{:,.0f}")]

@@ -22,9 +22,9 @@ DEFAULT_FPS = 30.0
 
 def without_images(env_id: str) -> Callable[..., gym.Env]:
     """
-    :param env_id: Id of an environment that nobody looks at
-    :return: What ``make_vec_env`` makes it with. Given the id, SB3 asks for images, and LunarLander then adds a particle to
-        its physics at every thrust, which only ``render`` removes: long episodes get ten times slower
+    :param env_id: Id of an environment that is not watched
+    :return: A function that makes it, for ``make_vec_env``. Given the id instead, SB3 asks for images. LunarLander then adds a
+        particle to its physics at every thrust, which only ``render`` removes, so that long episodes get ten times slower
     """
     return partial(gym.make, env_id)
 
@@ -33,35 +33,36 @@ def play_episodes(
     model: BaseAlgorithm, env: VecEnv, n_episodes: int = 1, max_steps: int | None = None, deterministic: bool = True
 ) -> tuple[list[np.ndarray], list[float]]:
     """
-    Play episodes and keep every frame.
+    Play episodes and keep all frames.
 
     :param model: The agent
     :param env: One environment, made with ``render_mode="rgb_array"``
     :param n_episodes: Number of episodes to play
     :param max_steps: The most steps in all; None: no limit
     :param deterministic: Whether to take the most likely action instead of sampling
-    :return: The frames, ``(height, width, 3)`` uint8 each, one for every observation that an action was chosen for; and the
+    :return: The frames, ``(height, width, 3)`` uint8 each, one for each observation that an action was chosen for; and the
         sum of rewards of each episode (of the last one as far as it was played)
-    :raises ValueError: The environment is not one that renders arrays
+    :raises ValueError: There are several environments, or they do not render arrays
     """
     if n_episodes < 1:
         raise ValueError(f"`n_episodes` is {n_episodes}. It must be an integer >= 1.")
     if env.num_envs != 1 or env.render_mode != "rgb_array":
         raise ValueError(
-            f"`env` has num_envs={env.num_envs} and render_mode={env.render_mode!r}. Make it with "
-            'make_vec_env(env_id, n_envs=1, env_kwargs={"render_mode": "rgb_array"}).'
+            f"`env` has num_envs={env.num_envs} and render_mode={env.render_mode!r}, so it renders no single image. "
+            'Make it with make_vec_env(env_id, n_envs=1, env_kwargs={"render_mode": "rgb_array"}).'
         )
     frames: list[np.ndarray] = []
     episode_rewards = [0.0]
-    obs = env.reset()
+    # SB3's hints for `predict` do not allow for all that `reset` may return
+    obs: Any = env.reset()
     state: Any = None
     episode_start = np.ones((1,), dtype=bool)
     while max_steps is None or len(frames) < max_steps:
         frames.append(_render(env))
-        actions, state = model.predict(obs, state=state, episode_start=episode_start, deterministic=deterministic)  # type: ignore[arg-type]
+        actions, state = model.predict(obs, state=state, episode_start=episode_start, deterministic=deterministic)
         obs, rewards, episode_start, _ = env.step(actions)
         episode_rewards[-1] += float(rewards[0])
-        # A VecEnv has then reset already: the state that ended the episode cannot be rendered any more
+        # The last state of the episode has no frame: the VecEnv has already reset
         if episode_start[0]:
             if len(episode_rewards) == n_episodes:
                 break
@@ -72,8 +73,8 @@ def play_episodes(
 def _render(env: VecEnv) -> np.ndarray:
     frame = env.render()
     if frame is None:
-        raise ValueError("`env` rendered nothing: its `render()` must return an array of pixels.")
-    # pygame reuses the surface behind the array
+        raise ValueError("`env.render()` returned None, so there is no image. It must return an array of pixels.")
+    # A copy, as pygame draws the next frame into the same memory
     return np.array(frame)
 
 
@@ -81,8 +82,8 @@ def write_gif(frames: list[np.ndarray], path: str | Path, fps: float) -> Path:
     """
     Write frames as an animated GIF that loops forever.
 
-    GIF measures time in hundredths of a second, and viewers slow down below two of them. So frames are placed on that grid
-    without accumulating error: the playing time is right, and at more than 50 frames/s some frames are dropped.
+    GIF measures time in hundredths of a second, and viewers slow down frames shorter than two. So frames are rounded to that
+    grid without accumulating error: the playing time is right, and above 50 frames/s some frames are dropped.
 
     :param frames: ``(height, width, 3)`` uint8 each
     :param path: The file to write; its folder is made if it is missing
@@ -93,7 +94,7 @@ def write_gif(frames: list[np.ndarray], path: str | Path, fps: float) -> Path:
     from PIL import Image
 
     if not frames:
-        raise ValueError("`frames` is empty: there is nothing to write.")
+        raise ValueError("`frames` is empty, so there is nothing to write. Give at least one frame.")
     if not fps > 0:
         raise ValueError(f"`fps` is {fps}. It must be a number > 0, e.g. {DEFAULT_FPS}.")
     path = Path(path)
@@ -106,7 +107,7 @@ def write_gif(frames: list[np.ndarray], path: str | Path, fps: float) -> Path:
             kept.append(index)
             starts.append(start)
     durations = np.diff([*starts, max(round(100 * len(frames) / fps), starts[-1] + 2)])
-    # One palette for all frames, taken from a few of them: with one palette a frame, colours would flicker
+    # One palette for all frames, from a sample of them: with a palette for each, colours would flicker
     sample = np.concatenate([frames[index] for index in kept[:: max(1, len(kept) // 8)]])
     palette = Image.fromarray(sample).quantize(colors=256)
     images = [Image.fromarray(frames[index]).quantize(palette=palette, dither=Image.Dither.NONE) for index in kept]
@@ -161,7 +162,8 @@ def _algorithm_class(name: str) -> type[BaseAlgorithm]:
         if isinstance(candidate, type) and issubclass(candidate, BaseAlgorithm):
             return candidate
     raise ValueError(
-        f"`--algo` {name!r} is no algorithm of sb3_episodic_a2c, stable_baselines3 or sb3_contrib: try e.g. EpisodicA2C, PPO."
+        f"`--algo` {name!r} is no algorithm of sb3_episodic_a2c, stable_baselines3 or sb3_contrib. "
+        "Use e.g. EpisodicA2C or PPO."
     )
 
 
@@ -180,7 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if not arguments.model.is_file():
-        raise ValueError(f"`--model` {arguments.model} is not a file: give the zip that `model.save` or `solve` wrote.")
+        raise ValueError(f"`--model` {arguments.model} is not a file. Give the zip that `model.save` or `solve` wrote.")
     model = _algorithm_class(arguments.algo).load(arguments.model, device="cpu")
     episode_rewards = record_gif(
         model,

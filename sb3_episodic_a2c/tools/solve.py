@@ -30,18 +30,18 @@ from sb3_episodic_a2c.tools.record import record_gif, without_images
 try:
     import fcntl
 except ImportError:
-    # Windows: there nobody notices that two processes write to one folder
-    fcntl = None  # type: ignore[assignment]
+    # Windows, where two processes that write to one folder go unnoticed
+    fcntl = None  # type: ignore[assignment]  # mypy does not allow None for a module
 
 DEFAULT_TOTAL_TIMESTEPS = 500_000
 
 PRESETS = ("default", "notebook")
 
 CHECKPOINTS = "checkpoints"
-"""Folder in the output folder of a run that is not finished."""
+"""Folder in the output folder of a run, as long as the run is not finished."""
 
 REMOVED = f".{CHECKPOINTS}.done"
-"""What it is called while it is removed at the end."""
+"""Its name while it is removed at the end."""
 
 SAVE_FREQ = 10_000
 """Env steps between two checkpoints."""
@@ -54,9 +54,9 @@ class SolveResult:
     env_id: str
     seed: int
     solved_at: SolvedAt | None
-    """None: the budget ended first."""
+    """None if the budget ended first."""
     mean_reward: float
-    """Mean reward of the last 100 training episodes, at most."""
+    """Over the last 100 training episodes, or all if there are fewer."""
     num_timesteps: int
     seconds: float
     """Of the training, since it was last resumed."""
@@ -67,8 +67,9 @@ class SolveResult:
 def preset_arguments(preset: str, observation_space: spaces.Space) -> dict[str, Any]:
     """
     :param preset: ``"default"``: the defaults of :class:`EpisodicA2C`. ``"notebook"``: the notebook's setting
-    :param observation_space: What the policy is chosen for
+    :param observation_space: Decides the policy of the default preset
     :return: Arguments of :class:`EpisodicA2C`, the policy among them
+    :raises ValueError: There is no preset of that name
     """
     if preset not in PRESETS:
         raise ValueError(f"`preset` {preset!r} is unknown. Use one of {PRESETS}.")
@@ -95,7 +96,7 @@ def solve(
     Train until the mean reward of 100 consecutive training episodes exceeds the threshold, or the budget ends.
 
     Writes to the output folder: ``model.zip``, ``learning_curve.png``, ``agent.gif``, ``result.json``, and the rewards of all
-    episodes as SB3's ``*.monitor.csv``. Until all that is done there are checkpoints too: the same call again goes on from the
+    episodes as SB3's ``*.monitor.csv``. A run that is not finished also has checkpoints. The same call again goes on from the
     newest one, as if it had never been stopped (environments that cannot be pickled start fresh episodes).
 
     :param env_id: Id of the environment
@@ -103,11 +104,11 @@ def solve(
     :param seed: Seed of the model and the environments
     :param n_envs: Number of parallel environments
     :param total_timesteps: The most env steps
-    :param output: The folder to write to; by default ``runs/ENV-PRESET-seedSEED``, numbered if a run is there already that is
-        finished, has another ``n_envs``, or is not over yet
+    :param output: The folder to write to; by default ``runs/ENV-PRESET-seedSEED``, with a number if a run is there that is
+        finished, has another ``n_envs``, or is still running
     :param reward_threshold: The mean reward to exceed; by default the environment's own
     :param progress_bar: Whether to show a progress bar over episodes
-    :param fresh: Whether to start anew, even where an unfinished run could go on. One in ``output`` is thrown away
+    :param fresh: Whether to start anew where an unfinished run could go on. An unfinished run in ``output`` is deleted
     :return: What happened
     :raises ValueError: An argument is out of its range, or ``output`` holds another run
     """
@@ -115,25 +116,26 @@ def solve(
         if value < 1:
             raise ValueError(f"`{name}` is {value}. It must be an integer >= 1.")
     if preset == "notebook" and n_envs != 1:
-        raise ValueError(
-            f"`n_envs` is {n_envs}, but the notebook has one environment. Leave it at 1, or use the default preset."
-        )
-    # Asked for first: an unknown environment or preset leaves no folder behind
+        raise ValueError(f"`n_envs` is {n_envs}, but the notebook has one environment. Use 1, or the default preset.")
+    # Before the folder is made: an unknown environment or preset must not leave one behind
     probe = gym.make(env_id)
     arguments = preset_arguments(preset, probe.observation_space)
     if reward_threshold is None:
         if probe.spec is None or probe.spec.reward_threshold is None:
-            raise ValueError(f"{env_id} names no reward threshold of its own: give `reward_threshold` (--reward-threshold).")
+            raise ValueError(
+                f"{env_id} has no reward threshold of its own, so there is no telling when it is solved. "
+                "Give `reward_threshold` (--reward-threshold)."
+            )
         reward_threshold = probe.spec.reward_threshold
     probe.close()
-    # What would make another training of it. The budget and the threshold may be changed for the rest
+    # A run only goes on with the same of these. The budget and the threshold may change
     settings = {"env_id": env_id, "preset": preset, "seed": seed, "n_envs": n_envs}
     folder, lock = _open_folder(settings, output, fresh)
 
     def make_env(first_index: int) -> VecEnv:
         return make_vec_env(without_images(env_id), n_envs, seed, first_index, monitor_dir=str(folder))
 
-    # Whatever happens, the folder is free again afterwards
+    # Unlocks the folder whatever happens
     with lock:
         device = "auto" if arguments["policy"] == "CnnPolicy" else "cpu"
         model = _resume(folder, make_env, device)
@@ -151,12 +153,12 @@ def solve(
             if solved.solved_at is None and model.num_timesteps < total_timesteps:
                 model.learn(
                     total_timesteps - model.num_timesteps,
-                    # The bar first, so that it shows the last episode too
+                    # The bar first, so that it still shows the last episode
                     callback=CallbackList([progress, solved, checkpoints]),
                     reset_num_timesteps=False,
                 )
         finally:
-            # Ctrl-C keeps what was learnt
+            # Also after Ctrl-C, so that what was learnt is kept
             model.save(folder / "model.zip")
             model.env.close()
         seconds = time.perf_counter() - start
@@ -171,7 +173,7 @@ def solve(
             "total_timesteps": total_timesteps,
             "reward_threshold": reward_threshold,
             "solved_at": solved.solved_at._asdict() if solved.solved_at else None,
-            # JSON knows no NaN
+            # JSON has no NaN
             "mean_reward": None if np.isnan(result.mean_reward) else result.mean_reward,
             "num_timesteps": result.num_timesteps,
             "seconds": seconds,
@@ -179,7 +181,8 @@ def solve(
         }
         with atomic_write(folder / "result.json") as file:
             file.write((json.dumps(record, indent=2) + "\n").encode())
-        # Finished: nobody will go on from here. At once, since a kill may come while the files are being removed
+        # The run is finished, and must not go on from a checkpoint. Renaming does that at once: a kill may come while the
+        # files are removed
         os.replace(folder / CHECKPOINTS, folder / REMOVED)
         shutil.rmtree(folder / REMOVED, ignore_errors=True)
         return result
@@ -192,7 +195,7 @@ def _open_folder(settings: dict[str, Any], output: str | Path | None, fresh: boo
     """
     Choose the output folder, a new one or that of an unfinished run of the same settings.
 
-    :return: The folder, and a file that keeps others out of it until it is closed, or this process ends in whatever way
+    :return: The folder, and a file that locks it for other processes until it is closed or this process ends
     :raises ValueError: ``output`` cannot be used
     """
     if output is not None:
@@ -207,20 +210,20 @@ def _open_folder(settings: dict[str, Any], output: str | Path | None, fresh: boo
 
 
 def _claim(folder: Path, settings: dict[str, Any], fresh: bool) -> IO[str]:
-    """See :func:`_open_folder`. A run is unfinished as long as there is the file that it is locked by."""
-    # What a run left behind that was killed at its very end
+    """See :func:`_open_folder`. A run is unfinished as long as the file with its lock exists."""
+    # A run that was killed at its very end has left this
     shutil.rmtree(folder / REMOVED, ignore_errors=True)
     lock = _lock(folder, fresh)
     try:
         lock.seek(0)
         started_with = json.loads(lock.read() or "{}")
         if not started_with:
-            # Again: only now nobody else may change it
+            # Checked again under the lock, as another process may have changed the folder before
             _check_unused(folder, fresh)
         elif not fresh and started_with != settings:
             raise ValueError(
-                f"`output` {folder} holds an unfinished run with {started_with}, which cannot go on with {settings}: "
-                "give another folder, or start anew with `fresh` (--fresh), which throws that run away."
+                f"`output` {folder} holds an unfinished run with {started_with}, which cannot go on with {settings}. "
+                "Give another folder, or start anew with `fresh` (--fresh), which deletes that run."
             )
         if fresh:
             for path in _files_of_training(folder):
@@ -238,21 +241,21 @@ def _claim(folder: Path, settings: dict[str, Any], fresh: bool) -> IO[str]:
 def _lock(folder: Path, fresh: bool) -> IO[str]:
     """
     :return: The file with the settings of the folder's unfinished run, locked; a new, empty one if there is no such run
-    :raises ValueError: Somebody else has locked it, or the folder is in use for something else
+    :raises ValueError: Another process has locked it, or the folder holds other files
     """
     path = folder / CHECKPOINTS / "settings.json"
     while True:
         if not path.exists():
             _check_unused(folder, fresh)
             path.parent.mkdir(parents=True, exist_ok=True)
-        # Whenever it is missing below, the run that it was of has just finished and removed it
+        # If the file is missing from here on, its run has just finished and removed it: look again
         with contextlib.ExitStack() as stack, contextlib.suppress(FileNotFoundError):
             lock = stack.enter_context(open(path, "a+"))
             try:
                 if fcntl is not None:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ValueError(f"`output` {folder} is that of a run which is not over yet: give another folder.") from error
+                raise ValueError(f"`output` {folder} belongs to a run that is not over yet. Give another folder.") from error
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
                 stack.pop_all()
                 return lock
@@ -260,16 +263,16 @@ def _lock(folder: Path, fresh: bool) -> IO[str]:
 
 def _check_unused(folder: Path, fresh: bool) -> None:
     """
-    For a folder without an unfinished run.
+    Check a folder without an unfinished run.
 
     :raises ValueError: A new run would overwrite something in it
     """
     if (folder / "model.zip").exists():
-        raise ValueError(f"`output` {folder} holds a model already: give another folder, so that it is not lost.")
+        raise ValueError(f"`output` {folder} holds a model already, which would be lost. Give another folder.")
     paths = _files_of_training(folder)
     if paths and not fresh:
         raise ValueError(
-            f"`output` {folder} holds files of another training, e.g. {paths[0].relative_to(folder)}: give another folder, or "
+            f"`output` {folder} holds files of another training, e.g. {paths[0].relative_to(folder)}. Give another folder, or "
             "`fresh` (--fresh), which deletes them."
         )
 
@@ -280,9 +283,8 @@ def _files_of_training(folder: Path) -> list[Path]:
 
 def _resume(folder: Path, make_env: Callable[[int], VecEnv], device: str) -> EpisodicA2C | None:
     """
-    The model of an unfinished run as it was at its newest checkpoint; None if it has none yet.
-
-    :param make_env: Makes the environments if they are not part of the checkpoint, given the number of their first log
+    :param make_env: Makes the environments if the checkpoint does not hold them, given the number of their first log
+    :return: The model of an unfinished run as it was at its newest checkpoint; None if there is no checkpoint yet
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* holds no environments")
@@ -295,12 +297,12 @@ def _resume(folder: Path, make_env: Callable[[int], VecEnv], device: str) -> Epi
 
 def _cut_logs(folder: Path, n_episodes: int) -> int:
     """
-    Keep the first episodes in the ``*.monitor.csv``: those that came after the checkpoint will be played again, differently.
+    Keep only the first episodes in the ``*.monitor.csv``: the episodes after the checkpoint will be played again, differently.
 
-    :return: Number of the logs
+    :return: Number of logs
     """
     logs = {Path(name): _read_log(Path(name)) for name in get_monitor_files(str(folder))}
-    # Begin of the log and seconds since then: "r,l,t"
+    # When each episode ended: the start of the log plus the last of "r,l,t"
     times = {
         path: [json.loads(header[1:])["t_start"] + float(row.split(",")[2]) for row in rows]
         for path, (header, _, *rows) in logs.items()
@@ -314,10 +316,10 @@ def _cut_logs(folder: Path, n_episodes: int) -> int:
 
 
 def _read_log(path: Path) -> list[str]:
-    """The lines of a ``*.monitor.csv``, two of them its head, without what a crash has cut short."""
+    """The lines of a ``*.monitor.csv``, first the two of its head, without lines that a crash has cut short."""
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if len(lines) < 2:
-        # No episode was over
+        # Not even the head is whole, so there is no episode
         return [f'#{{"t_start": {time.time()}}}\n', "r,l,t\n"]
     return lines[:2] + [row for row in lines[2:] if row.count(",") >= 2]
 
@@ -335,8 +337,8 @@ def plot_learning_curve(
     :param title: Title of the plot
     :param reward_threshold: Drawn as a line if given
     :param solved_at: Marked if given
-    :param window: Number of episodes that the running mean is over
-    :return: The PNG
+    :param window: Number of episodes of the running mean
+    :return: Path of the PNG
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -349,11 +351,11 @@ def plot_learning_curve(
     counts = np.minimum(np.arange(1, len(rewards) + 1), window)
     running_mean = (sums[1:] - sums[np.arange(1, len(rewards) + 1) - counts]) / counts
 
-    # No pyplot: it would pick a window system, and keep the figure alive
+    # Without pyplot, which would choose a window system and keep the figure alive
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    # Okabe and Ito's colours can be told apart by the colour-blind
+    # The colour-blind can tell Okabe and Ito's colours apart
     axes.plot(steps, rewards, ".", color="#56B4E9", markersize=3, label="episode reward")
     axes.plot(steps, running_mean, color="#0072B2", linewidth=2, label=f"mean of the last {window} episodes")
     if reward_threshold is not None:
@@ -381,7 +383,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--reward-threshold", type=float, help="mean reward to exceed (default: the environment's own)")
     parser.add_argument("--output", type=Path, help="folder to write to (default: runs/ENV-PRESET-seedSEED)")
-    parser.add_argument("--fresh", action="store_true", help="start anew, even where an unfinished run could go on")
+    parser.add_argument("--fresh", action="store_true", help="start anew where an unfinished run could go on")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 
