@@ -1,6 +1,4 @@
-"""
-The hyperparameters that an algorithm is compared with: those of the Zoo's and our files, or A2C's matched to ours.
-"""
+"""The hyperparameters that an algorithm is compared with: those of the Zoo's and our files, or A2C's matched to ours."""
 
 import argparse
 import contextlib
