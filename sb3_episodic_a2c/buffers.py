@@ -1,4 +1,4 @@
-"""The rollout buffer: rows of vec-steps, cut into complete episodes."""
+"""The rollout buffer: rows of vec-steps, cut into complete episodes, and the transitions available for training."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -9,8 +9,9 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer
 
-from sb3_episodic_a2c.returns import discounted_returns
-from sb3_episodic_a2c.type_aliases import EpisodicRolloutBufferSamples
+from sb3_episodic_a2c.returns import ReturnStatistics, discounted_returns
+from sb3_episodic_a2c.samples import EpisodicRolloutBufferSamples
+from sb3_episodic_a2c.selection import TakeFinished, TransitionCounts
 
 
 class EpisodeSegment(NamedTuple):
@@ -24,12 +25,12 @@ class EpisodeSegment(NamedTuple):
 
 
 class RunningEpisodes(NamedTuple):
-    """Heads of episodes that still run."""
+    """What running episodes have seen so far."""
 
     env_indices: np.ndarray
     """``(n_episodes,)`` their columns."""
     observations: th.Tensor | dict[str, th.Tensor]
-    """``(n_transitions, *obs_shape)``, one episode behind the other, or a dict of such tensors."""
+    """``(n_transitions, *obs_shape)``, the episodes concatenated, or a dict of such tensors."""
     episode_lengths: np.ndarray
     """``(n_episodes,)`` their steps so far, >= 1."""
 
@@ -40,13 +41,15 @@ class EpisodicRolloutBuffer(BaseBuffer):
 
     Collecting writes one row a vec-step into arrays ``(capacity, n_envs, ...)``, which grow by doubling and are
     reused. An episode is a column segment of these rows, closed when its environment reports ``done``. Once enough
-    episodes are complete, :meth:`finish_rollout` puts them on offer until the next :meth:`start_rollout`; episodes still
-    running stay in their rows.
+    episodes are complete, :meth:`finish_rollout` makes them available for training until the next :meth:`start_rollout`;
+    episodes still running stay in their rows.
 
-    While episodes are on offer (``full``), the buffer reads as SB3's ``RolloutBuffer`` of ``pos`` steps of ONE environment,
-    the episodes one behind the other: ``observations`` ``(pos, 1, *obs_shape)``, ``actions`` ``(pos, 1, action_dim)``,
+    While episodes are available (``full``), the buffer reads as SB3's ``RolloutBuffer`` of ``pos`` steps of ONE environment,
+    the episodes concatenated: ``observations`` ``(pos, 1, *obs_shape)``, ``actions`` ``(pos, 1, action_dim)``,
     and ``rewards``, ``episode_starts``, ``returns``, ``values``, ``log_probs``, ``advantages`` ``(pos, 1)``. All but
     ``returns`` are copies made on access. ``returns``, ``values`` and ``advantages`` are in the units that are trained on.
+
+    Which finished episodes are kept, and when a rollout is complete, is for ``selection`` to say.
 
     :param buffer_size: Number of rows (vec-steps) to start with
     :param observation_space: Observation space
@@ -73,20 +76,34 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self._views: dict[str, np.ndarray] = {}
         self._n_policy_inputs = 0
         self._is_dict = isinstance(observation_space, spaces.Dict)
+        self.selection = TakeFinished(n_envs)
         self.reset()
 
     # ------------------------------------------------------------------ collecting
 
     def reset(self) -> None:
-        """Forget everything: the environments have been reset, or are about to be."""
+        """Forget everything: the environments were reset, or are about to be."""
         super().reset()
         self._row = 0
         self._rollout_first_row = 0
         self._first_rows = np.zeros(self.n_envs, dtype=np.int64)
-        self._is_wanted = np.ones(self.n_envs, dtype=bool)
-        self._all_wanted = True
-        self._n_started = self.n_envs
+        self._select(type(self.selection), self.selection.n_wanted)
         self.drop_episodes()
+
+    def select(self, rule: type[TakeFinished], n_wanted: int) -> None:
+        """
+        Say which episodes a rollout is made of.
+
+        :param rule: The rule of selection. Another one than before counts the running episodes as just started
+        :param n_wanted: Number of complete episodes
+        """
+        if type(self.selection) is not rule:
+            self._select(rule, n_wanted)
+        self.selection.n_wanted = n_wanted
+
+    def _select(self, rule: type[TakeFinished], n_wanted: int) -> None:
+        self.selection = rule(self.n_envs)
+        self.selection.n_wanted = n_wanted
 
     def drop_episodes(self) -> None:
         """Forget the complete episodes, used or not, and keep those still running."""
@@ -97,19 +114,20 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self._indices = np.zeros(0, dtype=np.int64)
         self._evaluations: tuple[np.ndarray, np.ndarray] | None = None
         self._evaluate: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
+        self.next_statistics: ReturnStatistics | None = None
 
     def start_rollout(self) -> None:
         """
-        Drop the episodes that were on offer, and keep those still running.
+        Drop the episodes that were available for training, and keep those still running.
 
-        A rollout goes on that was interrupted or had nothing to offer: the policy is still the same.
+        A rollout that was interrupted, or in which no episode ended, goes on: the policy is still the same.
         """
         if self.pos == 0:
             self.full = False
             return
         self.drop_episodes()
         if (self._first_rows == self._row).all():
-            # Nobody is in the middle of an episode: start again at the top
+            # No episode is running: start again at the top
             self._row = 0
             self._first_rows[:] = 0
         self._rollout_first_row = self._row
@@ -140,9 +158,9 @@ class EpisodicRolloutBuffer(BaseBuffer):
         views = self._views
         if len(policy_inputs) != self._n_policy_inputs:
             raise ValueError(
-                f"The policy was given {sorted(policy_inputs)} beside the observation, but {self._keys('policy_inputs')} at "
-                "the steps before, of which episodes are still running. Change `use_masking` between two trainings only: call "
-                "`learn` with reset_num_timesteps=True, which starts fresh episodes."
+                f"`policy_inputs` are {sorted(policy_inputs)}, but were {self._keys('policy_inputs')} at earlier steps of "
+                "episodes that are still running. Change what the policy is given, e.g. by `use_masking`, between two trainings "
+                "only: call `learn` with reset_num_timesteps=True, which starts fresh episodes."
             )
         if self._is_dict:
             for key, observation in observations.items():  # type: ignore[union-attr]
@@ -155,25 +173,20 @@ class EpisodicRolloutBuffer(BaseBuffer):
             views[f"policy_inputs/{name}"][row] = policy_input
         self._row = row + 1
 
-    def close_episodes(
-        self, env_indices: np.ndarray, terminal_values: np.ndarray, max_started_episodes: int | None = None
-    ) -> None:
+    def close_episodes(self, env_indices: np.ndarray, terminal_values: np.ndarray) -> None:
         """
         The last row ended the episodes of these environments.
 
         :param env_indices: ``(n_finished,)`` their columns
         :param terminal_values: ``(n_finished,)`` value of the state after the last step, in reward units; 0 if terminated
-        :param max_started_episodes: If given, only that many episodes, in the order in which they STARTED since the last
-            :meth:`reset`, are kept. Taking those that FINISH first instead would favour short ones.
         """
+        is_wanted = self.selection.is_wanted
         for env_index, terminal_value in zip(env_indices.tolist(), terminal_values.tolist(), strict=True):
-            if self._is_wanted[env_index]:
+            if is_wanted[env_index]:
                 first_row = int(self._first_rows[env_index])
                 self.episodes.append(EpisodeSegment(env_index, first_row, self._row, terminal_value))
-            self._is_wanted[env_index] = max_started_episodes is None or self._n_started < max_started_episodes
-            self._n_started += 1
-            self._first_rows[env_index] = self._row
-        self._all_wanted = bool(self._is_wanted.all())
+        self._first_rows[env_indices] = self._row
+        self.selection.start_episodes(env_indices)
 
     def _allocate(
         self,
@@ -181,7 +194,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         actions: np.ndarray,
         policy_inputs: dict[str, np.ndarray],
     ) -> None:
-        """Make the arrays that are missing, or of a type that another environment has made too narrow."""
+        """Make the arrays that are missing, or whose type is too narrow for what arrives."""
 
         def allocate(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
             if name not in self._rows or self._rows[name].dtype != dtype:
@@ -189,7 +202,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
 
         for name in [name for name in self._rows if name.startswith("policy_inputs/")]:
             if name.removeprefix("policy_inputs/") not in policy_inputs:
-                # Masks, say, that are not used any more
+                # E.g. masks that are no longer used
                 del self._rows[name]
         # SubprocVecEnv passes on what an environment returns, which may be an integer now and a float later
         if isinstance(observations, dict):
@@ -206,7 +219,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self._n_policy_inputs = len(policy_inputs)
 
     def _view_rows(self, observations: np.ndarray | dict[str, np.ndarray], actions: np.ndarray) -> None:
-        """Views of the rows in the shapes that arrive (discrete actions, say, have no last axis), so that no step reshapes."""
+        """Views of the rows in the shapes that arrive (discrete actions have no last axis), so that no step reshapes."""
         arrived = {"actions": actions.shape}
         if isinstance(observations, dict):
             arrived.update({f"observations/{key}": observation.shape for key, observation in observations.items()})
@@ -222,7 +235,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
 
         The cost of a row stays constant on average, however long an episode or the wait for one.
         """
-        first_rows = np.where(self._is_wanted, self._first_rows, self._row)
+        first_rows = np.where(self.selection.is_wanted, self._first_rows, self._row)
         first_row = min(int(first_rows.min()), *(episode.first_row for episode in self.episodes), self._row)
         n_kept = self._row - first_row
         if n_kept > self.buffer_size // 2:
@@ -241,29 +254,22 @@ class EpisodicRolloutBuffer(BaseBuffer):
             for episode in self.episodes
         ]
 
-    # ------------------------------------------------------------------ offering
+    # ------------------------------------------------------------------ available for training
 
-    def is_complete(self, n_wanted_episodes: int, max_started_episodes: int | None = None) -> bool:
-        """
-        Whether a rollout has what it wants.
+    def is_complete(self) -> bool:
+        """Whether the rollout has the episodes that it wants."""
+        return self.selection.is_complete(len(self.episodes))
 
-        :param n_wanted_episodes: Number of complete episodes
-        :param max_started_episodes: As for :meth:`close_episodes`. If given, all those started first must be complete
+    def wanted_infos(self, infos: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """
-        if max_started_episodes is None:
-            return self.n_episodes >= n_wanted_episodes
-        return not self._is_wanted.any()
-
-    def of_wanted(self, infos: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """
-        What the environments say whose running episode will be used. Of the others only short ones get to their end.
+        ``infos``, emptied where the running episode will be discarded: counting those would favour short ones.
 
         :param infos: The infos of all environments
-        :return: The same, empty for those whose episode will not be used
         """
-        if self._all_wanted:
+        if self.selection.all_wanted:
             return infos
-        return [info if is_wanted else {} for info, is_wanted in zip(infos, self._is_wanted.tolist(), strict=True)]
+        is_wanted = self.selection.is_wanted.tolist()
+        return [info if wanted else {} for info, wanted in zip(infos, is_wanted, strict=True)]
 
     @property
     def n_episodes(self) -> int:
@@ -280,25 +286,18 @@ class EpisodicRolloutBuffer(BaseBuffer):
         """``(n_episodes,)`` int64: number of transitions of each complete episode."""
         return np.array([episode.end_row - episode.first_row for episode in self.episodes], dtype=np.int64)
 
-    @property
-    def stale_fraction(self) -> float:
-        """Share of the transitions on offer that were collected before this rollout, so by an older policy."""
-        n_stale = sum(max(0, min(episode.end_row, self._rollout_first_row) - episode.first_row) for episode in self.episodes)
-        return n_stale / max(self.pos, 1)
-
-    @property
-    def unused_fraction(self) -> float:
-        """Share of the env steps of this rollout that are not on offer."""
-        n_collected = (self._row - self._rollout_first_row) * self.n_envs
-        # An episode that a budget cut in two is counted where it ends
-        return max(0.0, 1.0 - self.pos / max(n_collected, 1))
+    def counts(self) -> TransitionCounts:
+        """What the rollout consists of."""
+        first_row = self._rollout_first_row
+        n_stale = sum(max(0, min(episode.end_row, first_row) - episode.first_row) for episode in self.episodes)
+        return TransitionCounts(self.pos, n_stale, (self._row - first_row) * self.n_envs)
 
     def compute_returns(self, gamma: float) -> np.ndarray:
         """
         Discounted Monte Carlo returns of the complete episodes.
 
         :param gamma: Discount factor
-        :return: ``(n_transitions,)`` float64 in reward units, one episode behind the other
+        :return: ``(n_transitions,)`` float64 in reward units, the episodes concatenated
         :raises ValueError: A return is not finite
         """
         rewards = self._rows.get("rewards")
@@ -311,7 +310,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         for episode, episode_returns in zip(self.episodes, returns, strict=True):
             is_finite = np.isfinite(episode_returns)
             if not is_finite.all():
-                # Everything before the step at fault inherits its return
+                # The returns of all earlier steps inherit what is wrong
                 step = int(np.flatnonzero(~is_finite)[-1])
                 reward = rewards[episode.first_row + step, episode.env_index]
                 raise ValueError(
@@ -331,23 +330,29 @@ class EpisodicRolloutBuffer(BaseBuffer):
         for name in [name for name in self._rows if name.startswith("observations") and self._rows[name].dtype.kind == "f"]:
             for episode in self.episodes:
                 observations = self._rows[name][episode.first_row : episode.end_row, episode.env_index]
-                # Unlike a look at each number, it takes no memory; NaN is the least and the greatest
+                # This takes no memory, unlike `isfinite` of all numbers. NaN passes through min and max
                 if observations.size and not (math.isfinite(observations.min()) and math.isfinite(observations.max())):
                     is_finite = np.isfinite(observations.reshape(len(observations), -1)).all(axis=1)
                     step = int(np.flatnonzero(~is_finite)[0])
                     raise ValueError(
                         f"Environment {episode.env_index} gave an observation that is not finite at step {step} of an episode "
-                        f"of {len(observations)}: {name}={observations[step]}. Mend it or clip it in a wrapper: "
-                        "stable_baselines3.common.vec_env.VecCheckNan stops where it first appears."
+                        f"of {len(observations)}: {name}={observations[step]}. Fix the environment, or clip in a wrapper. "
+                        "stable_baselines3.common.vec_env.VecCheckNan raises at the first bad value."
                     )
 
-    def finish_rollout(self, returns: np.ndarray, evaluate: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None) -> None:
+    def finish_rollout(
+        self,
+        returns: np.ndarray,
+        evaluate: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
+        next_statistics: ReturnStatistics | None = None,
+    ) -> None:
         """
-        Put the complete episodes on offer.
+        Make the complete episodes available for training.
 
-        :param returns: ``(n_transitions,)`` targets to train on, one episode behind the other
-        :param evaluate: Computes the values and log-probabilities ``(n_transitions,)`` of the transitions on offer.
-            Only called if somebody reads them before training does
+        :param returns: ``(n_transitions,)`` targets to train on, the episodes concatenated
+        :param evaluate: Computes the values and log-probabilities ``(n_transitions,)`` of these transitions.
+            Only called if a callback reads them before training does
+        :param next_statistics: The units of the targets, which the update will give to the critic
         """
         self.returns = returns.astype(np.float32).reshape(-1, 1)
         self.pos = len(returns)
@@ -355,10 +360,11 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self._indices = self._flat_indices(episode[:3] for episode in self.episodes)
         self._evaluations = None
         self._evaluate = evaluate
+        self.next_statistics = next_statistics
 
     def set_evaluations(self, values: np.ndarray, log_probs: np.ndarray) -> None:
         """
-        Keep what training computed, so that nobody computes it again.
+        Keep what training computed, so that reading it costs nothing.
 
         :param values: ``(n_transitions,)``
         :param log_probs: ``(n_transitions,)``
@@ -371,7 +377,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         Where transitions lie in the arrays flattened over (row, environment).
 
         :param segments: Environment, first row (included) and end row (excluded) of each episode
-        :return: ``(n_transitions,)``, one segment behind the other
+        :return: ``(n_transitions,)``, the segments concatenated
         """
         return np.concatenate(
             [np.arange(first_row, end_row) * self.n_envs + env_index for env_index, first_row, end_row in segments]
@@ -379,25 +385,26 @@ class EpisodicRolloutBuffer(BaseBuffer):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # The model behind it must not be pickled along, nor the room for rows to come
+        # Neither the model that `_evaluate` holds is pickled along, nor rows that are not yet in use
         rows = {name: array[: self._row] for name, array in self._rows.items()}
         return {**self.__dict__, "_evaluate": None, "_rows": rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        # Checkpoints of version 0.1 have neither
+        self.__dict__.update({"selection": TakeFinished(state["n_envs"]), "next_statistics": None, **state})
         self._views = {}
         for name, array in self._rows.items():
             self._rows[name] = np.empty((self.buffer_size, *array.shape[1:]), dtype=array.dtype)
             self._rows[name][: self._row] = array
 
     def size(self) -> int:
-        """Number of transitions on offer."""
+        """Number of transitions available for training."""
         return self.pos
 
-    # SB3 gives batches in random order; here the order is that of the episodes, which a sum does not mind
+    # SB3 gives batches in random order. Here the order is that of the episodes: a sum does not depend on it
     def get(self, batch_size: int | None = None, whole_episodes: bool = False) -> Iterator[EpisodicRolloutBufferSamples]:
         """
-        The transitions on offer, each exactly once, in order.
+        The transitions available for training, each exactly once, in order.
 
         :param batch_size: The most transitions in one sample; None for all of them at once
         :param whole_episodes: Whether to cut between episodes only. One longer than ``batch_size`` is then a sample of its own
@@ -417,7 +424,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         :param batch_size: The most transitions of several episodes together; None for all of them at once
         :return: Whole heads of episodes on the training device. They may share memory with the buffer: read only
         """
-        env_indices = np.flatnonzero(self._is_wanted & (self.running_steps > 0))
+        env_indices = np.flatnonzero(self.selection.is_wanted & (self.running_steps > 0))
         if not len(env_indices):
             return
         indices = self._flat_indices((int(index), int(self._first_rows[index]), self._row) for index in env_indices)
@@ -457,7 +464,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         return [name.removeprefix(f"{prefix}/") for name in self._rows if name.startswith(f"{prefix}/")]
 
     def _gather(self, name: str, indices: np.ndarray) -> np.ndarray:
-        """Transitions of one array, ``(n, ...)``: a view where they lie together, else a copy."""
+        """Transitions of one array, ``(n, ...)``: a view where they are contiguous, otherwise a copy."""
         array = self._rows[name]
         flat = array.reshape(-1, *array.shape[2:])
         if len(indices) and self.n_envs == 1 and indices[-1] - indices[0] == len(indices) - 1:
@@ -466,8 +473,8 @@ class EpisodicRolloutBuffer(BaseBuffer):
 
     # ------------------------------------------------------------------ as SB3's RolloutBuffer reads
 
-    def _offer(self, name: str) -> np.ndarray:
-        """A copy ``(pos, 1, ...)`` that outlives the next rollout."""
+    def _copy_of(self, name: str) -> np.ndarray:
+        """A copy ``(pos, 1, ...)``, which the next rollout does not overwrite."""
         if name not in self._rows:
             raise ValueError(
                 f"The rollout buffer holds no {name!r} yet: read it in `on_rollout_end`, or after a step was made."
@@ -478,18 +485,18 @@ class EpisodicRolloutBuffer(BaseBuffer):
     def observations(self) -> np.ndarray | dict[str, np.ndarray]:
         """``(pos, 1, *obs_shape)``, or a dict of such arrays."""
         if self._is_dict:
-            return {key: self._offer(f"observations/{key}") for key in self._keys("observations")}
-        return self._offer("observations")
+            return {key: self._copy_of(f"observations/{key}") for key in self._keys("observations")}
+        return self._copy_of("observations")
 
     @property
     def actions(self) -> np.ndarray:
         """``(pos, 1, action_dim)``, as sampled."""
-        return self._offer("actions")
+        return self._copy_of("actions")
 
     @property
     def rewards(self) -> np.ndarray:
         """``(pos, 1)``, as the environment gave them: the value after a time limit is not added."""
-        return self._offer("rewards")
+        return self._copy_of("rewards")
 
     @property
     def episode_starts(self) -> np.ndarray:
@@ -523,7 +530,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
 
 def _cut(episode_lengths: np.ndarray, batch_size: int | None, whole_episodes: bool) -> Iterator[tuple[slice, np.ndarray]]:
     """
-    Cut episodes that lie one behind the other into batches.
+    Cut concatenated episodes into batches.
 
     :param episode_lengths: ``(n_episodes,)`` lengths >= 1
     :param batch_size: The most transitions in a batch; None for all of them

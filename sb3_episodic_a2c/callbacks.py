@@ -38,7 +38,7 @@ class _FinishedEpisodesCallback(BaseCallback):
         rollout_buffer = getattr(self.model, "rollout_buffer", None)
         if isinstance(rollout_buffer, EpisodicRolloutBuffer):
             # With `partial_episodes="discard"`: of the episodes that will not be used, only short ones get to their end
-            infos = rollout_buffer.of_wanted(infos)
+            infos = rollout_buffer.wanted_infos(infos)
         for index in np.flatnonzero(self.locals["dones"]):
             episode = infos[index].get("episode")
             # Under wrappers that end episodes early (e.g. at the loss of a life) the Monitor has nothing to say yet

@@ -25,7 +25,7 @@ from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnvWrapper
 
 from sb3_episodic_a2c.episodic_a2c import EpisodicA2C
-from sb3_episodic_a2c.files import atomic_write
+from sb3_episodic_a2c.guards.files import atomic_write
 
 TRAINING_MEMBER = "resume/training.pkl"
 """Member of the zip with what SB3's save leaves out and every environment can go on with."""

@@ -1,67 +1,60 @@
 """Episodic A2C: an on-policy actor-critic that learns from complete episodes."""
 
-import copy
-import io
-import math
-import pathlib
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, NoReturn, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
-from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 from torch import nn
 
-from sb3_episodic_a2c.actors import ActorChoice, make_actor, reason_against_numpy
+from sb3_episodic_a2c.actors import ActorChoice, make_actor, to_env_actions
 from sb3_episodic_a2c.buffers import EpisodicRolloutBuffer
-from sb3_episodic_a2c.checks import PartialEpisodes, check_arguments, check_spaces
-from sb3_episodic_a2c.evaluation import PlainNetworks, evaluate_actions, find_plain_networks, predict_values
-from sb3_episodic_a2c.faults import (
-    NormalizeStatistics,
-    add_note,
-    check_rewards,
-    find_dead_workers,
-    find_environment,
-    find_not_finite,
-    has_finite_numbers,
-    restore_statistics,
-    resynchronize,
-    statistics_of,
-    torch_settings_kept,
-    uninterrupted,
-    watch_workers,
+from sb3_episodic_a2c.evaluation import (
+    Evaluations,
+    evaluate_actions,
+    is_truncated,
+    pass_size,
+    predict_values,
+    stack_observations,
 )
-from sb3_episodic_a2c.files import atomic_write
-from sb3_episodic_a2c.losses import entropy_loss, policy_loss, value_loss
-from sb3_episodic_a2c.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy, rescale_value_head
-from sb3_episodic_a2c.returns import ReturnStatistics, StandardizationMethod, standardize_returns, unstandardize
-from sb3_episodic_a2c.type_aliases import EpisodicRolloutBufferSamples
+from sb3_episodic_a2c.guards.arguments import PartialEpisodes, check_arguments, check_policy_class, check_spaces
+from sb3_episodic_a2c.guards.files import SafelySaved
+from sb3_episodic_a2c.guards.numbers import (
+    NormalizeStatistics,
+    check_gradient,
+    check_learning_rate,
+    check_rewards,
+    has_finite_numbers,
+    statistics_of,
+)
+from sb3_episodic_a2c.guards.training import guarded_training, raise_if_not_finite
+from sb3_episodic_a2c.guards.transaction import Transaction
+from sb3_episodic_a2c.guards.workers import resynchronize
+from sb3_episodic_a2c.losses import Losses, entropy_loss, policy_loss, value_loss
+from sb3_episodic_a2c.plain_mlp import PlainMlp, inspect
+from sb3_episodic_a2c.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy, fused, rescale_value_head
+from sb3_episodic_a2c.returns import STANDARDIZATIONS, ReturnStatistics, standardize_returns, unstandardize
+from sb3_episodic_a2c.samples import EpisodicRolloutBufferSamples
+from sb3_episodic_a2c.selection import PARTIAL_EPISODES
 
 SelfEpisodicA2C = TypeVar("SelfEpisodicA2C", bound="EpisodicA2C")
 
 INITIAL_BUFFER_SIZE = 128
 """Rows that the rollout buffer starts with."""
 
-CPU_PASS_SIZE = 2048
-"""The most transitions of one forward/backward pass on the CPU. More are slower: their activations fit into no cache, and
-take fresh memory from the operating system at every update."""
 
-CPU_PASS_NUMBERS = 2**22
-"""The most numbers that the observations of such a pass consist of, as the activations of images are larger."""
-
-
-class EpisodicA2C(OnPolicyAlgorithm):
+class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
     r"""
     Episodic Advantage Actor Critic: REINFORCE with a learned baseline, on complete episodes.
 
@@ -89,7 +82,8 @@ class EpisodicA2C(OnPolicyAlgorithm):
     :param gamma: Discount factor
     :param standardize_returns: ``"running"``: by a running mean and standard deviation of the returns seen in training
         (effective memory about 20,000 transitions). ``"episode"``: each episode by its own. ``"rollout"``: over all
-        transitions of the update. ``None``: raw returns
+        transitions of the update. ``None``: raw returns. Or another key of
+        :data:`~sb3_episodic_a2c.returns.STANDARDIZATIONS`
     :param handle_timeout_termination: Whether an episode that was cut by a time limit gets the value of its last observation
         as the return of what would have followed (https://arxiv.org/abs/1712.00378). The critic must have units
         for that: with ``"episode"`` or ``"rollout"`` it must be False
@@ -143,8 +137,15 @@ class EpisodicA2C(OnPolicyAlgorithm):
     rollout_buffer: EpisodicRolloutBuffer  # type: ignore[assignment]  # not SB3's fixed-length one
     _policy_base_class: ClassVar[type[BasePolicy]] = ActorCriticPolicy
     """What a policy must be derived from."""
+    _variants: ClassVar[dict[type[BasePolicy], str]] = {}
+    """What a policy of a variant of this algorithm is derived from, and the name of the variant."""
     _trains_on_whole_episodes: ClassVar[bool] = False
     """Whether ``batch_size`` cuts between episodes only, which a policy with a memory needs."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_policy_base_class" in vars(cls):
+            EpisodicA2C._variants[cls._policy_base_class] = cls.__name__
 
     def __init__(
         self,
@@ -153,7 +154,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
         learning_rate: float | Schedule = 3e-3,
         n_episodes: int = 1,
         gamma: float = 0.99,
-        standardize_returns: StandardizationMethod | None = "running",
+        standardize_returns: str | None = "running",
         handle_timeout_termination: bool = True,
         partial_episodes: PartialEpisodes = "carry",
         huber_delta: float = 1.0,
@@ -221,23 +222,9 @@ class EpisodicA2C(OnPolicyAlgorithm):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        # `load` has put saved and given values into the attributes without asking the constructor
+        # `load` has put saved and given values into the attributes without the constructor's checks
         check_arguments(vars(self))
-        # Those that are given more than the observation would be trained without it
-        needed = [
-            f" ({kind} policies are for {variant})"
-            for base, kind, variant in (
-                (RecurrentActorCriticPolicy, "LSTM", "RecurrentEpisodicA2C"),
-                (MaskableActorCriticPolicy, "maskable", "MaskableEpisodicA2C"),
-            )
-            if issubclass(self.policy_class, base) and not issubclass(self._policy_base_class, base)
-        ]
-        if needed or not issubclass(self.policy_class, self._policy_base_class):
-            raise ValueError(
-                f"`policy` {self.policy_class.__name__} does not fit {self.__class__.__name__}: use one of "
-                f"{sorted(self.policy_aliases)}, or a subclass of stable_baselines3.common.policies.ActorCriticPolicy"
-                f"{''.join(needed)}."
-            )
+        check_policy_class(type(self), self.policy_class)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         buffer_kwargs = {"buffer_size": INITIAL_BUFFER_SIZE, **self.rollout_buffer_kwargs}
@@ -254,9 +241,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
             self.observation_space, self.action_space, self.lr_schedule, **sde_kwargs, **self.policy_kwargs
         )
         self.policy = self.policy.to(self.device)
-        self.policy.optimizer = _fused(self.policy.optimizer)
-        self._before_update: tuple[ReturnStatistics, list[tuple[th.Tensor, th.Tensor]]] | None = None
-        """The return statistics, and the parameters that follow them, until the update that they were moved for is made."""
+        self.policy.optimizer = fused(self.policy.optimizer)
         self._normalize_statistics: NormalizeStatistics | None = None
         """Those of VecNormalize when the rollout began."""
         self._maybe_recommend_cpu()
@@ -265,7 +250,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
         if isinstance(self.action_space, spaces.Box):
             self._action_bounds = self.action_space.low[None], self.action_space.high[None]
         self._setup_actor()
-        self._plain_networks = find_plain_networks(self.policy, reason_against_numpy(self.policy))
+        self._plain_mlp = inspect(self.policy)
 
     def _setup_actor(self) -> None:
         """Choose how actions are sampled. The random numbers of the NumPy actor depend on torch's seed."""
@@ -275,17 +260,19 @@ class EpisodicA2C(OnPolicyAlgorithm):
             print(f"Sampling actions with the {self._actor.name} actor")
 
     def _refresh_actor(self) -> None:
-        """Take note of what was done to the policy since the last rollout."""
-        reason = reason_against_numpy(self.policy)
-        if self._actor.policy is not self.policy or not self._actor.refresh(reason):
-            # The user has put another one in its place, e.g. one trained by imitation, or changed it
+        """Follow what was done to the policy since the last rollout."""
+        plain = inspect(self.policy)
+        if self._actor.policy is not self.policy or not self._actor.refresh(plain):
+            # Another policy has taken its place, e.g. one trained by imitation, or it was changed
             self._setup_actor()
-        self._plain_networks = find_plain_networks(self.policy, reason)
+        self._plain_mlp = plain
 
-    def _own_networks(self) -> PlainNetworks | None:
-        """The plain networks of the policy, which know no modes, unless it or a layer was replaced since the rollout began."""
-        networks = self._plain_networks
-        return networks if networks is not None and networks.belong_to(self.policy) else None
+    def _current_plain_mlp(self) -> PlainMlp | None:
+        """The layers that training may run without the policy's methods, if it is still the policy that was inspected."""
+        plain = self._plain_mlp
+        if isinstance(plain, str) or plain.critic is None or not plain.is_current(self.policy):
+            return None
+        return plain
 
     def set_random_seed(self, seed: int | None = None) -> None:
         super().set_random_seed(seed)
@@ -303,7 +290,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
 
     def _policy_inputs(self, env: VecEnv) -> dict[str, np.ndarray]:
         """
-        What the policy is given beside the observation at this step.
+        What the policy is given in addition to the observation at this step.
 
         :param env: The training environment
         :return: ``(n_envs, ...)`` arrays, stored with the step and given back in training; the same keys at every step
@@ -332,16 +319,36 @@ class EpisodicA2C(OnPolicyAlgorithm):
         :param env_indices: ``(n,)`` the environments that they come from
         :return: ``(n,)`` values, in the critic's units
         """
-        return predict_values(self.policy, observations, self._own_networks())
+        return predict_values(self.policy, observations, self._current_plain_mlp())
 
-    def _evaluate_actions(self, samples: EpisodicRolloutBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+    def _evaluate_actions(self, samples: EpisodicRolloutBufferSamples) -> Evaluations:
         """
         Evaluate the actions of complete episodes with the current policy.
 
         :param samples: ``n`` transitions
         :return: Values, log-probabilities and entropies (None where they have no analytical form), ``(n,)`` each
         """
-        return evaluate_actions(self.policy, samples, self._own_networks())
+        return evaluate_actions(self.policy, samples, self._current_plain_mlp())
+
+    def _losses(
+        self, samples: EpisodicRolloutBufferSamples, values: th.Tensor, log_prob: th.Tensor, entropy: th.Tensor | None
+    ) -> Losses:
+        """
+        The objective. A subclass may compute other terms, or add some under ``auxiliary``: sums over transitions, as an update
+        may take several passes whose gradients add up.
+
+        :param samples: ``n`` transitions with their ``returns``, ``advantages`` and ``old_log_prob``
+        :param values: ``(n,)`` predicted values
+        :param log_prob: ``(n,)`` log-probabilities of the actions
+        :param entropy: ``(n,)`` entropies; None where they have no analytical form
+        :return: The terms of the loss
+        """
+        assert samples.advantages is not None
+        return Losses(
+            policy_loss(log_prob, samples.advantages),
+            value_loss(values, samples.returns, self.huber_delta),
+            entropy_loss(entropy, log_prob),
+        )
 
     # ------------------------------------------------------------------ collecting
 
@@ -363,25 +370,18 @@ class EpisodicA2C(OnPolicyAlgorithm):
         :param callback: Callback that will be called at each step
             (and at the beginning and end of the rollout)
         :param rollout_buffer: Buffer to fill with rollouts
-        :param n_rollout_steps: Ignored: nobody knows how long the episodes will be. Named as callbacks know it from SB3
+        :param n_rollout_steps: Ignored: the length of the episodes is unknown. Named as callbacks know it from SB3
         :return: False if the callback terminated the rollout, which the next call then continues; True otherwise
         """
-        self._before_update = None
+        self._follow_own_training()
         n_steps = 0
-        n_wanted_episodes = self.n_episodes * env.num_envs
-        # Of episodes that START first, not of those that finish first: these would be the short ones
-        max_started_episodes = n_wanted_episodes if self.partial_episodes == "discard" else None
-
-        # If the budget ended the last rollout, it goes on: what was wanted and still runs must not be lost, being long
-        if (
-            max_started_episodes is not None
-            and rollout_buffer.size() > 0
-            and rollout_buffer.is_complete(n_wanted_episodes, max_started_episodes)
-        ):
+        # A rollout that the budget has ended goes on: its running episodes are the long ones, and must not be lost
+        rollout_buffer.select(PARTIAL_EPISODES[self.partial_episodes], self.n_episodes * env.num_envs)
+        if rollout_buffer.selection.restarts and rollout_buffer.size() > 0 and rollout_buffer.is_complete():
             self._discard_partial_episodes(env, rollout_buffer)
         rollout_buffer.start_rollout()
         self._refresh_actor()
-        if self._own_networks() is None:
+        if self._current_plain_mlp() is None:
             # Switch to eval mode (this affects batch norm / dropout)
             self.policy.set_training_mode(False)
         self._start_rollout(env)
@@ -400,7 +400,7 @@ class EpisodicA2C(OnPolicyAlgorithm):
         # expect to find its locals at the end
         while (
             continue_training
-            and (n_steps == 0 or not rollout_buffer.is_complete(n_wanted_episodes, max_started_episodes))
+            and (n_steps == 0 or not rollout_buffer.is_complete())
             and self.num_timesteps < self._total_timesteps
         ):
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
@@ -412,9 +412,9 @@ class EpisodicA2C(OnPolicyAlgorithm):
             try:
                 actions = self._sample_actions(self._last_obs, policy_inputs)
             except (ValueError, RuntimeError) as error:
-                self._explain(error)
+                raise_if_not_finite(self, error)
                 raise
-            clipped_actions = self._to_env_actions(actions)
+            clipped_actions = to_env_actions(actions, self.policy, self._action_bounds)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             if vec_normalize is not None:
                 check_rewards(vec_normalize.get_original_reward(), rollout_buffer.running_steps)
@@ -429,11 +429,11 @@ class EpisodicA2C(OnPolicyAlgorithm):
             n_steps += 1
             rollout_buffer.add(self._last_obs, actions, rewards, policy_inputs)
             # At every step: a wrapper may play several monitored episodes as one
-            self._update_info_buffer(rollout_buffer.of_wanted(infos), dones)
+            self._update_info_buffer(rollout_buffer.wanted_infos(infos), dones)
             if np.count_nonzero(dones):
                 env_indices = np.flatnonzero(dones)
                 self._episode_num += len(env_indices)
-                rollout_buffer.close_episodes(env_indices, self._terminal_values(infos, env_indices), max_started_episodes)
+                rollout_buffer.close_episodes(env_indices, self._terminal_values(infos, env_indices))
             self._last_obs = new_obs  # type: ignore[assignment]
             self._last_episode_starts = dones
 
@@ -447,23 +447,12 @@ class EpisodicA2C(OnPolicyAlgorithm):
         return True
 
     def _discard_partial_episodes(self, env: VecEnv, rollout_buffer: EpisodicRolloutBuffer) -> None:
-        """Start all environments afresh, so that every step of the next rollout is taken by the current policy."""
+        """Reset all environments, so that the current policy takes every step of the next rollout."""
         rollout_buffer.reset()
         assert self._last_episode_starts is not None
         if not self._last_episode_starts.all():
             self._last_obs = env.reset()  # type: ignore[assignment]
             self._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
-
-    def _to_env_actions(self, actions: np.ndarray) -> np.ndarray:
-        """The actions, as sampled from the distribution, that an environment accepts."""
-        if self._action_bounds is None:
-            return actions
-        if self.policy.squash_output:
-            # Unscale the actions to match env bounds if they were previously squashed (scaled in [-1, 1])
-            return self.policy.unscale_action(actions)
-        # A Gaussian is unbounded
-        low, high = self._action_bounds
-        return np.minimum(np.maximum(actions, low), high)
 
     def _terminal_values(self, infos: list[dict[str, Any]], env_indices: np.ndarray) -> np.ndarray:
         """
@@ -476,26 +465,17 @@ class EpisodicA2C(OnPolicyAlgorithm):
         terminal_values = np.zeros(len(env_indices))
         if not self.handle_timeout_termination:
             return terminal_values
-        is_truncated = np.array(
-            [
-                bool(infos[index].get("TimeLimit.truncated")) and infos[index].get("terminal_observation") is not None
-                for index in env_indices
-            ]
-        )
-        if is_truncated.any():
-            truncated = env_indices[is_truncated]
-            terminal_observations = [infos[index]["terminal_observation"] for index in truncated]
-            observations: np.ndarray | dict[str, np.ndarray]
-            if isinstance(self.observation_space, spaces.Dict):
-                observations = {key: np.stack([obs[key] for obs in terminal_observations]) for key in self.observation_space}
-            else:
-                observations = np.stack(terminal_observations)
-            values = self._predict_terminal_values(observations, truncated).astype(np.float64)
-            # To tanh, infinity is a number like any other
+        truncated = [index for index in env_indices.tolist() if is_truncated(infos[index])]
+        if truncated:
+            observations = stack_observations(
+                [infos[index]["terminal_observation"] for index in truncated], self.observation_space
+            )
+            values = self._predict_terminal_values(observations, np.array(truncated)).astype(np.float64)
+            # tanh turns infinity into a finite number
             values[~has_finite_numbers(observations)] = np.nan
             if self.return_statistics.count > 0:
                 values = unstandardize(values, self.return_statistics.mean, self.return_statistics.std)
-            terminal_values[is_truncated] = values
+            terminal_values[np.isin(env_indices, truncated)] = values
         return terminal_values
 
     def _finish_rollout(self, rollout_buffer: EpisodicRolloutBuffer) -> None:
@@ -504,40 +484,63 @@ class EpisodicA2C(OnPolicyAlgorithm):
             rollout_buffer.check_observations()
             returns = rollout_buffer.compute_returns(self.gamma)
         except ValueError:
-            # What cannot be trained on must not be met again when `learn` goes on
+            # Drop these episodes, or the next `learn` would fail on them again
             rollout_buffer.drop_episodes()
             raise
+        units: ReturnStatistics | None = None
         if len(returns):
             returns, statistics = standardize_returns(
                 returns, rollout_buffer.episode_lengths, self.standardize_returns, self.return_statistics
             )
-            # Raw returns are in the units of the initial statistics; with the other settings a critic has none
-            units = statistics if self.standardize_returns == "running" else ReturnStatistics()
-            rescaled: list[tuple[th.Tensor, th.Tensor]] = []
-            # First, so that all that follows can be undone wherever it is interrupted
-            self._before_update = self.return_statistics, rescaled
-            if self._n_updates > 0 and self.standardize_returns in ("running", None):
-                rescale_value_head(self.policy, self.return_statistics, units, rescaled)
-            self.return_statistics = units
+            # Raw returns are in the units of the initial statistics; without units they stand for none
+            units = statistics if STANDARDIZATIONS[self.standardize_returns].is_running else ReturnStatistics()
             self.logger.record("train/return_mean", statistics.mean)
             self.logger.record("train/return_std", statistics.std)
-        rollout_buffer.finish_rollout(returns, self._evaluate_rollout)
+        rollout_buffer.finish_rollout(returns, self._evaluate_rollout, units)
         self.logger.record("rollout/n_episodes", rollout_buffer.n_episodes)
-        if self.partial_episodes == "carry":
-            self.logger.record("rollout/stale_fraction", rollout_buffer.stale_fraction)
-        else:
-            self.logger.record("rollout/unused_fraction", rollout_buffer.unused_fraction)
+        selection = rollout_buffer.selection
+        self.logger.record(f"rollout/{selection.fraction_name}", selection.fraction(rollout_buffer.counts()))
 
     def _evaluate_rollout(self) -> tuple[np.ndarray, np.ndarray]:
-        """Values and log-probabilities of the transitions on offer, for callbacks that want them before the update."""
+        """Values and log-probabilities of the available transitions, for callbacks that read them before the update."""
         values, log_probs = np.empty((2, self.rollout_buffer.size()), dtype=np.float32)
-        with th.no_grad():
-            for part, samples in self._passes():
+        # In the units of the update, which is not made yet: whatever changes is undone
+        with self.update_transaction() as transaction, th.no_grad():
+            for part, samples in self._passes(transaction):
                 batch_values, log_prob, _ = self._evaluate_actions(samples)
                 values[part], log_probs[part] = batch_values.numpy(force=True), log_prob.numpy(force=True)
         return values, log_probs
 
     # ------------------------------------------------------------------ training
+
+    @contextmanager
+    def update_transaction(self) -> Iterator[Transaction]:
+        """
+        What one update changes apart from the optimizer step: the critic takes the units of the returns, and batch norm
+        may take note of the passes. Unless ``commit`` is called, all of it is undone, whatever ends the block.
+
+        A subclass with a ``train`` of its own enters it around its passes, and calls ``commit`` right before the optimizer
+        step. One that does not is safe, but its critic is not rescaled when the statistics of the returns move.
+        """
+        with Transaction() as transaction:
+            units = self.rollout_buffer.next_statistics
+            if units is not None:
+                transaction.on_undo(setattr, self, "return_statistics", self.return_statistics)
+                value_net = getattr(self.policy, "value_net", None)
+                has_units = STANDARDIZATIONS[self.standardize_returns].has_units
+                if self._n_updates > 0 and has_units and isinstance(value_net, nn.Module):
+                    transaction.keep(value_net.parameters())
+                    rescale_value_head(self.policy, self.return_statistics, units)
+                self.return_statistics = units
+            if self._current_plain_mlp() is None:
+                transaction.keep(self.policy.buffers())
+            yield transaction
+
+    def _follow_own_training(self) -> None:
+        """After a ``train`` that entered no transaction, the critic is in the units that it was trained in all the same."""
+        units = self.rollout_buffer.next_statistics
+        if units is not None:
+            self.return_statistics, self.rollout_buffer.next_statistics = units, None
 
     def train(self) -> None:
         """
@@ -550,126 +553,81 @@ class EpisodicA2C(OnPolicyAlgorithm):
             # The budget ended before an episode did
             return
 
-        if self._own_networks() is None:
+        if self._current_plain_mlp() is None:
             # Switch to train mode (this affects batch norm / dropout)
             self.policy.set_training_mode(True)
-            if self._before_update is not None:
-                # Batch norm takes note of every pass
-                self._before_update[1].extend((buffer, buffer.clone()) for buffer in self.policy.buffers())
         values, log_probs = np.empty((2, n_transitions), dtype=np.float32)
-        summed_losses = np.zeros(3)
+        sums: dict[str, float] = {}
         parameters = [parameter for group in self.policy.optimizer.param_groups for parameter in group["params"]]
         for parameter in parameters:
             # As `optimizer.zero_grad`, which needs as long as a layer
             parameter.grad = None
-        for part, samples in self._passes():
-            batch_values, log_prob, entropy = self._evaluate_actions(samples)
-            advantages = samples.returns - (batch_values.detach() if self.detach_advantage else batch_values)
+        with self.update_transaction() as transaction:
+            transaction.on_undo(self.policy.optimizer.zero_grad)
+            for part, samples in self._passes(transaction):
+                batch_values, log_prob, entropy = self._evaluate_actions(samples)
+                advantages = samples.returns - (batch_values.detach() if self.detach_advantage else batch_values)
+                samples = samples._replace(advantages=advantages, old_log_prob=log_prob.detach())
+                losses = self._losses(samples, batch_values, log_prob, entropy)
+                # Gradients add up over the batches, as the loss is a sum
+                losses.total(self.vf_coef, self.ent_coef).backward()
 
-            batch_losses = (
-                policy_loss(log_prob, advantages),
-                value_loss(batch_values, samples.returns, self.huber_delta),
-                entropy_loss(entropy, log_prob),
-            )
-            loss = batch_losses[0] + self.vf_coef * batch_losses[1]
-            if self.ent_coef != 0:
-                loss = loss + self.ent_coef * batch_losses[2]
-            # Gradients add up over the batches, as the loss is a sum
-            loss.backward()
+                values[part], log_probs[part] = batch_values.numpy(force=True), log_prob.numpy(force=True)
+                for name, term in losses.terms().items():
+                    sums[name] = sums.get(name, 0.0) + term.item()
 
-            values[part], log_probs[part] = batch_values.numpy(force=True), log_prob.numpy(force=True)
-            summed_losses += [batch_loss.item() for batch_loss in batch_losses]
-
-        self._step_optimizer([parameter for parameter in parameters if parameter.grad is not None])
+            self._step_optimizer([parameter for parameter in parameters if parameter.grad is not None], transaction)
 
         self.rollout_buffer.set_evaluations(values, log_probs)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/explained_variance", explained_variance(values, self.rollout_buffer.returns[:, 0]))
-        for name, mean_loss in zip(("policy_loss", "value_loss", "entropy_loss"), summed_losses / n_transitions, strict=True):
+        for name, summed in sums.items():
             # Per transition, so that curves of episodes of different length compare
-            self.logger.record(f"train/{name}", float(mean_loss))
+            self.logger.record(f"train/{name}", summed / n_transitions)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", float(np.exp(self.policy.log_std.numpy(force=True)).mean()))
 
-    def _passes(self) -> Iterator[tuple[slice, EpisodicRolloutBufferSamples]]:
+    def _passes(self, transaction: Transaction) -> Iterator[tuple[slice, EpisodicRolloutBufferSamples]]:
         """
-        The transitions on offer, as many at a time as go through the policy together, and where they lie among all.
+        The available transitions, as many at a time as go through the policy together, and where they are among all.
+        Ctrl-C comes after a pass.
 
-        Keep what comes of them in one array for all: a small tensor of each pass would keep the memory of the large ones
+        Write what comes of them into one array for all: a small tensor of each pass would keep the memory of the large ones
         from being used again.
         """
+        size = self.batch_size
+        if not self._trains_on_whole_episodes:
+            size = pass_size(self.policy, self.rollout_buffer.size(), size)
         start = 0
-        for samples in self.rollout_buffer.get(self._pass_size(), self._trains_on_whole_episodes):
+        for samples in self.rollout_buffer.get(size, self._trains_on_whole_episodes):
             end = start + len(samples.returns)
             yield slice(start, end), samples
             start = end
+            transaction.let_signals_through()
 
-    def _pass_size(self) -> int | None:
-        """The most transitions in one forward/backward pass; None for all."""
-        if self.device.type != "cpu" or self._trains_on_whole_episodes:
-            return self.batch_size
-        pass_size = max(1, min(CPU_PASS_SIZE, CPU_PASS_NUMBERS // max(1, spaces.flatdim(self.observation_space))))
-        if min(self.rollout_buffer.size(), self.batch_size or math.inf) <= pass_size:
-            return self.batch_size
-        # The only layers to which it matters what else is in a batch
-        has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.policy.modules())
-        return self.batch_size if has_batch_norm else pass_size
-
-    def _step_optimizer(self, parameters: list[nn.Parameter]) -> None:
+    def _step_optimizer(self, parameters: list[nn.Parameter], transaction: Transaction) -> None:
         """
         Clip the gradient if asked to, and take the step, unless it would spoil the parameters.
 
         :param parameters: Those of the optimizer that have a gradient
+        :param transaction: What is committed with the step
         """
-        if not parameters:
-            raise ValueError(
-                "No parameter of `policy.optimizer` has a gradient: are all frozen, or was the policy replaced after the "
-                "optimizer was made? Make a new one with the parameters of `model.policy` that are to be trained."
-            )
-        # As `th.nn.utils.get_total_norm`, for parameters that are all on one device
-        norm = th.linalg.vector_norm(th.cat([parameter.grad.flatten() for parameter in parameters]))  # type: ignore[union-attr]
-        if not math.isfinite(norm.item()):
-            self._refuse_update(
-                f"The gradient of update {self._n_updates + 1} is not finite (norm {norm.item()})",
-                "Lower `learning_rate`, set `max_grad_norm`, or look for extreme observations and rewards with "
-                "stable_baselines3.common.vec_env.VecCheckNan.",
-            )
-        learning_rate = self.lr_schedule(self._current_progress_remaining)
-        if not math.isfinite(learning_rate):
-            self._refuse_update(
-                f"The learning rate of update {self._n_updates + 1} is {learning_rate}",
-                f"Mend the function `learning_rate`. The progress remaining was {self._current_progress_remaining}.",
-            )
+        norm = check_gradient(parameters, self._n_updates + 1)
+        check_learning_rate(self.lr_schedule, self._current_progress_remaining, self._n_updates + 1)
         if self.max_grad_norm is not None:
             th.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
-        with uninterrupted():
-            self._update_learning_rate(self.policy.optimizer)
-            # Before the step: were it to fail half-way, what was before it would not fit to the rest
-            self._before_update = None
-            self.policy.optimizer.step()
-            self._n_updates += 1
-
-    def _refuse_update(self, reason: str, remedy: str) -> NoReturn:
-        """The update is not made: what was changed for it is put back."""
-        self.policy.optimizer.zero_grad()
-        self._undo_standardization()
-        raise ValueError(f"{reason}, so the update was not made and the parameters are as they were. {remedy}")
-
-    def _undo_standardization(self) -> None:
-        """The update that the statistics were moved for is not made: put them back, and what has followed in the policy."""
-        if self._before_update is None:
-            return
-        self.return_statistics, changed = self._before_update
-        with th.no_grad():
-            for tensor, before in changed:
-                tensor.copy_(before)
-        self._before_update = None
+        self._update_learning_rate(self.policy.optimizer)
+        # Before the step: if that failed half-way, the parameters of before would not fit the rest
+        transaction.commit()
+        self.policy.optimizer.step()
+        self._n_updates += 1
+        self.rollout_buffer.next_statistics = None
 
     # ------------------------------------------------------------------ learning
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
-        # The last step of several environments may go beyond the budget. Not every function of it knows numbers below 0
+        # The last step of several environments may go beyond the budget. Not every schedule accepts numbers below 0
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _setup_learn(
@@ -680,13 +638,11 @@ class EpisodicA2C(OnPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        # Where the last call was interrupted twice
-        self._undo_standardization()
         if reset_num_timesteps or self._last_obs is None:
             # The environments will be reset: episodes in flight end here
             self.rollout_buffer.reset()
             if self._last_obs is None and self.env is not None:
-                # It may be that an exception ended the last call in the midst of a step
+                # An exception may have ended the last call within a step
                 resynchronize(self.env)
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
@@ -711,26 +667,21 @@ class EpisodicA2C(OnPolicyAlgorithm):
         :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
         :param progress_bar: Display a progress bar using tqdm and rich.
         :return: the trained model
-        :raises RuntimeError: A worker process of a ``SubprocVecEnv`` died. Whatever else is raised, Ctrl-C included, is passed
-            on; where an environment did it, a note says which. The model is then as after its last update, and can be
+        :raises RuntimeError: A worker process of a ``SubprocVecEnv`` died. Any other exception, Ctrl-C included, is passed
+            on; where an environment raised it, a note says which. The model is then as after its last update, and can be
             saved and used; the next call resets the environments
         """
         n_finished = 0 if reset_num_timesteps else self._episode_num
-        try:
-            with torch_settings_kept(), watch_workers(self.env):
-                super().learn(
-                    total_timesteps=total_timesteps,
-                    callback=callback,
-                    log_interval=log_interval,
-                    tb_log_name=tb_log_name or self.__class__.__name__,
-                    reset_num_timesteps=reset_num_timesteps,
-                    progress_bar=progress_bar,
-                )
-        except BaseException as error:
-            self._break_off(error)
-            raise
-        # A `train` of somebody's own does not know of it
-        self._before_update = None
+        with guarded_training(self):
+            super().learn(
+                total_timesteps=total_timesteps,
+                callback=callback,
+                log_interval=log_interval,
+                tb_log_name=tb_log_name or self.__class__.__name__,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+            )
+        self._follow_own_training()
         if self._episode_num == n_finished and self.num_timesteps >= self._total_timesteps > self._num_timesteps_at_start:
             warnings.warn(
                 f"No episode ended within total_timesteps={total_timesteps} env steps (n_envs={self.n_envs}), so nothing was "
@@ -742,100 +693,10 @@ class EpisodicA2C(OnPolicyAlgorithm):
             )
         return self
 
-    def _explain(self, error: Exception) -> None:
-        """
-        :param error: Why no action could be sampled
-        :raises ValueError: A number behind that which is not finite: it names the environment and the step, or the parameter
-        """
-        assert self._last_obs is not None
-        vec_normalize = self.get_vec_normalize_env()
-        # One environment spoils the statistics that the observations of all are normalized by
-        observations = self._last_obs if vec_normalize is None else vec_normalize.get_original_obs()
-        tensors = [*self.policy.named_parameters(), *self.policy.named_buffers()]
-        reason = find_not_finite(observations, self.rollout_buffer.running_steps, tensors)
-        if reason is not None:
-            raise ValueError(reason) from error
-
-    def _break_off(self, error: BaseException) -> None:
-        """
-        Put the model back to what it was after its last update, and say which environment is to blame.
-
-        :param error: What ended the training
-        :raises RuntimeError: It was the death of a worker process
-        """
-        if self.env is None:
-            return
-        with uninterrupted():
-            steps = self.rollout_buffer.running_steps
-            # Nobody knows which of the environments has made the last step: reset them all
-            self._last_obs = None
-            self.rollout_buffer.reset()
-            self._undo_standardization()
-            restore_statistics(self.get_vec_normalize_env(), self._normalize_statistics)
-        where = (
-            f"after {self.num_timesteps} env steps. The model is as it was after update {self._n_updates}; "
-            "the next `learn` starts with a reset of the environments"
-        )
-        dead = find_dead_workers(error, self.env)
-        if dead is not None:
-            raise RuntimeError(
-                f"Training ended because {dead}, at step {steps.tolist()} of the environments' episodes, {where}, "
-                "so give it new ones of the same number with `model.set_env(env)` before."
-            ) from error
-        index = find_environment(error, self.env)
-        if index is not None:
-            add_note(error, f"Raised by environment {index} at step {steps[index]} of its episode, {where}.")
-
     # ------------------------------------------------------------------ saving, names
 
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """
-        Save all the attributes of the object and the model parameters in a zip-file.
-
-        Unlike SB3's, it leaves a file of that name as it was until the new one is complete: a crash or a full disk
-        never costs both. Ctrl-C waits until the model is written.
-
-        :param path: path to the file where the rl agent should be saved
-        :param exclude: name of parameters that should be excluded in addition to the default ones
-        :param include: name of parameters that might be excluded but should be included anyway
-        """
-        # A Ctrl-C that comes while torch writes would end in an unrelated RuntimeError of torch
-        with uninterrupted():
-            if not isinstance(path, (str, pathlib.Path)):
-                super().save(path, exclude, include)
-                return
-            with atomic_write(path if pathlib.Path(path).suffix else f"{path}.zip") as file:
-                super().save(file, exclude, include)  # type: ignore[arg-type]  # BinaryIO is one for all that SB3 does
-
-    def set_parameters(
-        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
-    ) -> None:
-        """
-        Load parameters from a given zip-file or a nested dictionary containing parameters for different modules.
-
-        Unlike SB3's, it loads all of them or, if it raises an error, none.
-
-        :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
-            containing nn.Module parameters used by the policy
-        :param exact_match: If True, the given parameters should include parameters for each module and each of their
-            parameters
-        :param device: Device on which the code should run
-        """
-        before = copy.deepcopy(self.get_parameters())
-        try:
-            super().set_parameters(load_path_or_dict, exact_match, device)
-        except BaseException:
-            with uninterrupted():
-                super().set_parameters(before)  # type: ignore[arg-type]  # what SB3 itself returns
-            raise
-
     def _excluded_save_params(self) -> list[str]:
-        own = ["_actor", "_plain_networks", "_before_update", "_normalize_statistics", "_action_bounds"]
+        own = ["_actor", "_plain_mlp", "_normalize_statistics", "_action_bounds"]
         return [*super()._excluded_save_params(), *own]
 
     def _in_flight_params(self) -> list[str]:
@@ -849,24 +710,6 @@ class EpisodicA2C(OnPolicyAlgorithm):
                 "(a subclass of stable_baselines3.common.policies.ActorCriticPolicy)."
             )
         return self.policy_aliases[policy_name]
-
-
-def _fused(optimizer: th.optim.Optimizer) -> th.optim.Optimizer:
-    """
-    The same Adam in one kernel, which is several times faster for small networks, unless ``optimizer_kwargs`` chose otherwise.
-
-    :param optimizer: A new optimizer
-    :return: The fused one, or the one given where torch has no fused kernel for it
-    """
-    defaults = optimizer.defaults
-    has_choice = defaults.get("fused") is not None or defaults.get("foreach") is not None
-    if type(optimizer) is not th.optim.Adam or has_choice or len(optimizer.param_groups) != 1:
-        return optimizer
-    try:
-        return th.optim.Adam(optimizer.param_groups[0]["params"], **{**defaults, "fused": True})
-    except RuntimeError:
-        # Not on this device
-        return optimizer
 
 
 def _copy_nested(kwargs: dict[str, Any]) -> dict[str, Any]:

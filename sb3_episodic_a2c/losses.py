@@ -1,4 +1,6 @@
-"""The three terms of the loss, as sums over transitions. Pure functions on flat ``(n_transitions,)`` tensors."""
+"""The three terms of the loss, and their weighted sum. Pure functions on flat ``(n_transitions,)`` tensors."""
+
+from typing import NamedTuple
 
 import torch as th
 from torch.nn import functional as F
@@ -39,3 +41,31 @@ def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor) -> th.Tensor:
     :return: Scalar, a sum
     """
     return log_prob.sum() if entropy is None else -entropy.sum()
+
+
+class Losses(NamedTuple):
+    """The terms of the loss, each a scalar and a sum over transitions."""
+
+    policy: th.Tensor
+    value: th.Tensor
+    entropy: th.Tensor
+    auxiliary: dict[str, th.Tensor] | None = None
+    """Further terms by name, already weighted. They are logged as ``train/NAME``, per transition."""
+
+    def total(self, vf_coef: float, ent_coef: float) -> th.Tensor:
+        """
+        :param vf_coef: Weight of the value loss
+        :param ent_coef: Weight of the entropy loss
+        :return: Scalar, the loss to minimise
+        """
+        loss = self.policy + vf_coef * self.value
+        if ent_coef != 0:
+            loss = loss + ent_coef * self.entropy
+        for term in (self.auxiliary or {}).values():
+            loss = loss + term
+        return loss
+
+    def terms(self) -> dict[str, th.Tensor]:
+        """The terms by the name they are logged under."""
+        named = {"policy_loss": self.policy, "value_loss": self.value, "entropy_loss": self.entropy}
+        return {**named, **(self.auxiliary or {})}

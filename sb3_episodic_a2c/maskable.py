@@ -60,8 +60,8 @@ class MaskableEpisodicA2C(EpisodicA2C):
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
-        # Not a subclass of SB3's policy; and nobody passes the last argument of the base class by position
-        super().__init__(policy, env, *args, _init_setup_model=False, **kwargs)  # type: ignore[arg-type,misc]
+        # The policy is no subclass of SB3's; the last argument of the base class is never given by position
+        super().__init__(policy, env, *args, _init_setup_model=False, **kwargs)  # type: ignore[arg-type,misc]  # as said above
         self.use_masking = use_masking
 
         if _init_setup_model:

@@ -1,4 +1,4 @@
-"""Policies: SB3's own, and the notebook's network with layers shared by actor and critic."""
+"""Policies: SB3's own, and the notebook's network with layers shared by actor and critic; their value head and optimizer."""
 
 from typing import Any
 
@@ -115,21 +115,18 @@ def _init_keras_dense(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def rescale_value_head(
-    policy: BasePolicy, old: ReturnStatistics, new: ReturnStatistics, before: list[tuple[th.Tensor, th.Tensor]]
-) -> None:
+def rescale_value_head(policy: BasePolicy, old: ReturnStatistics, new: ReturnStatistics) -> None:
     """
     Make a critic that was in the units of ``old`` predict the same returns in the units of ``new``.
 
-    Else every update would shift all of its targets as the statistics move, and the advantages with them. This is the output
-    preservation of PopArt (van Hasselt et al., 2016, https://arxiv.org/abs/1602.07714).
+    Otherwise every update would shift all of its targets as the statistics move, and the advantages with them. This is the
+    output preservation of PopArt (van Hasselt et al., 2016, https://arxiv.org/abs/1602.07714).
 
     :param policy: A policy whose last layer of the critic is the linear ``value_net``, as in all of SB3's; others are
         left as they are
     :param old: The statistics that the critic was trained with; the initial ones for raw returns. Without effect if all
         returns were equal
     :param new: The statistics that it will be trained with
-    :param before: To this list the parameters are appended, and what they were, before any is written to
     """
     value_net = getattr(policy, "value_net", None)
     if not isinstance(value_net, nn.Linear) or value_net.bias is None or old == new or old.std <= EPSILON:
@@ -137,6 +134,23 @@ def rescale_value_head(
     old_scale, new_scale = old.std + EPSILON, new.std + EPSILON
     scale = old_scale / new_scale
     with th.no_grad():
-        before += [(parameter, parameter.clone()) for parameter in (value_net.weight, value_net.bias)]
         value_net.weight.mul_(scale)
         value_net.bias.mul_(scale).add_((old.mean - new.mean) / new_scale)
+
+
+def fused(optimizer: th.optim.Optimizer) -> th.optim.Optimizer:
+    """
+    The same Adam in one kernel, which is several times faster for small networks, unless ``optimizer_kwargs`` chose otherwise.
+
+    :param optimizer: A new optimizer
+    :return: The fused one, or the one given where torch has no fused kernel for it
+    """
+    defaults = optimizer.defaults
+    has_choice = defaults.get("fused") is not None or defaults.get("foreach") is not None
+    if type(optimizer) is not th.optim.Adam or has_choice or len(optimizer.param_groups) != 1:
+        return optimizer
+    try:
+        return th.optim.Adam(optimizer.param_groups[0]["params"], **{**defaults, "fused": True})
+    except RuntimeError:
+        # Not on this device
+        return optimizer

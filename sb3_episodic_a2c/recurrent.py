@@ -1,4 +1,4 @@
-"""Episodic A2C with a memory: LSTM policies, trained on whole episodes."""
+"""Episodic A2C with LSTM policies, trained on whole episodes."""
 
 from typing import ClassVar
 
@@ -13,13 +13,12 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_episodic_a2c.actors import check_finite, overridden_methods, unvalidated
+from sb3_episodic_a2c.actors import check_finite, explained
 from sb3_episodic_a2c.buffers import RunningEpisodes
 from sb3_episodic_a2c.episodic_a2c import EpisodicA2C
-from sb3_episodic_a2c.type_aliases import EpisodicRolloutBufferSamples
-
-BYPASSED_METHODS = ("forward", "get_distribution", "predict_values", "evaluate_actions", "_process_sequence")
-"""Of a policy, those that step through padded sequences: whole episodes are run past them, layer by layer."""
+from sb3_episodic_a2c.evaluation import Evaluations
+from sb3_episodic_a2c.plain_mlp import BYPASSED_BY_SEQUENCES, overridden_methods
+from sb3_episodic_a2c.samples import EpisodicRolloutBufferSamples
 
 UNSUPPORTED_LSTM_KWARGS = ("batch_first", "bidirectional", "proj_size")
 """Arguments of ``nn.LSTM`` that change the shapes of its inputs, outputs or states, which sb3-contrib's policies build on."""
@@ -35,16 +34,16 @@ class _IntegerFeatures(ActorCriticPolicy):
 
 
 class MlpLstmPolicy(_IntegerFeatures, RecurrentActorCriticPolicy):
-    """sb3-contrib's, for MultiDiscrete observations too."""
+    """sb3-contrib's, which also takes MultiDiscrete observations."""
 
 
 class MultiInputLstmPolicy(_IntegerFeatures, RecurrentMultiInputActorCriticPolicy):
-    """sb3-contrib's, for MultiDiscrete observations too."""
+    """sb3-contrib's, which also takes MultiDiscrete observations."""
 
 
 class RecurrentEpisodicA2C(EpisodicA2C):
     """
-    Episodic A2C with LSTM policies (Hochreiter & Schmidhuber, 1997), for environments whose observations do not tell all.
+    Episodic A2C with LSTM policies (Hochreiter & Schmidhuber, 1997), for environments that are only partially observable.
 
     An update takes whole episodes, and an episode starts with an empty memory. So the LSTM runs over each from a zero
     state and gradients reach back to its first step: no hidden states are stored. Episodes of unequal length are run
@@ -97,7 +96,7 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         # The policy may be another one by now
         _refuse_overridden(self.policy)
         lstm = self.policy.lstm_actor
-        with th.inference_mode():
+        with th.no_grad():
             # One tensor would do for all of them, were they not zeroed in place
             zeros = [th.zeros(lstm.num_layers, env.num_envs, lstm.hidden_size, device=self.device) for _ in range(4)]
             self._lstm_states = RNNStates(pi=(zeros[0], zeros[1]), vf=(zeros[2], zeros[3]))
@@ -131,7 +130,7 @@ class RecurrentEpisodicA2C(EpisodicA2C):
     ) -> np.ndarray:
         policy = self.policy
         assert self._lstm_states is not None and self._last_episode_starts is not None
-        with th.inference_mode(), unvalidated(self.device):
+        with th.no_grad(), explained():
             states_pi, states_vf = self._lstm_states
             if self._last_episode_starts.any():
                 is_start = th.as_tensor(self._last_episode_starts, dtype=th.bool, device=self.device).view(1, -1, 1)
@@ -156,7 +155,7 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         self, observations: np.ndarray | dict[str, np.ndarray], env_indices: np.ndarray
     ) -> np.ndarray:
         assert self._lstm_states is not None
-        with th.inference_mode():
+        with th.no_grad():
             indices = th.as_tensor(env_indices, device=self.device)
             # Not yet zeroed for the episode that follows: that happens when its first action is sampled
             hidden, cell = (state[:, indices] for state in self._lstm_states.vf)
@@ -167,9 +166,9 @@ class RecurrentEpisodicA2C(EpisodicA2C):
             )
         return values.flatten().cpu().numpy()
 
-    def _evaluate_actions(self, samples: EpisodicRolloutBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+    def _evaluate_actions(self, samples: EpisodicRolloutBufferSamples) -> Evaluations:
         policy = self.policy
-        # 1. From one episode behind the other to one step of all running episodes behind the other
+        # 1. From episodes concatenated to time steps concatenated, each with one transition of every running episode
         positions, pieces = _interleave(np.array(samples.episode_lengths))
         to_steps = th.as_tensor(np.argsort(positions), device=self.device)
         to_episodes = th.as_tensor(positions, device=self.device)
@@ -200,7 +199,7 @@ def _refuse_overridden(policy: RecurrentActorCriticPolicy | type[BasePolicy]) ->
     :param policy: A policy, or its class
     :raises ValueError: It names them and the remedy
     """
-    overridden = overridden_methods(policy, RecurrentActorCriticPolicy, BYPASSED_METHODS)
+    overridden = overridden_methods(policy, RecurrentActorCriticPolicy, BYPASSED_BY_SEQUENCES)
     if overridden:
         name = (policy if isinstance(policy, type) else type(policy)).__name__
         raise ValueError(
@@ -232,7 +231,7 @@ def _interleave(episode_lengths: np.ndarray) -> tuple[np.ndarray, list[tuple[int
     before, and between two lengths that occur their number stays the same: that stretch is a dense
     ``(n_steps, n_running, ...)`` piece of the reordered array.
 
-    :param episode_lengths: ``(n_episodes,)`` lengths >= 1 of episodes that lie one behind the other
+    :param episode_lengths: ``(n_episodes,)`` lengths >= 1 of concatenated episodes
     :return: ``(n_transitions,)`` new position of every transition, and ``(n_steps, n_running)`` of the pieces in order
     """
     lengths = np.unique(episode_lengths)

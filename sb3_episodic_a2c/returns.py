@@ -1,12 +1,11 @@
 """Monte Carlo returns and their standardisation. Pure functions on NumPy arrays."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
-
-StandardizationMethod = Literal["episode", "rollout", "running"]
 
 EPSILON = float(np.finfo(np.float32).eps)
 """Added to the standard deviation, as in the notebook, so that a constant return standardises to 0."""
@@ -101,31 +100,76 @@ def update_statistics(statistics: ReturnStatistics, returns: np.ndarray, memory:
     )
 
 
+class Standardization(NamedTuple):
+    """A way to turn the raw returns of one update into the targets that are trained on."""
+
+    standardize: Callable[[np.ndarray, np.ndarray, ReturnStatistics], tuple[np.ndarray, ReturnStatistics]]
+    """
+    ``(returns, episode_lengths, statistics) -> (targets, statistics)``: ``(n,)`` returns in reward units, the episodes
+    concatenated; ``(n_episodes,)`` lengths that sum to ``n``; the running statistics before this update. It gives ``(n,)``
+    targets and the statistics after this update.
+    """
+    has_units: bool
+    """Whether a critic trained on the targets has units, so that its values convert to rewards and back."""
+    is_running: bool = False
+    """
+    Whether the statistics are carried to the next update, as the units of the targets. Otherwise they only describe these
+    returns, for the log.
+    """
+
+
+def _keep_raw(
+    returns: np.ndarray, episode_lengths: np.ndarray, statistics: ReturnStatistics
+) -> tuple[np.ndarray, ReturnStatistics]:
+    return returns, update_statistics(ReturnStatistics(), returns)
+
+
+def _standardize_each_episode(
+    returns: np.ndarray, episode_lengths: np.ndarray, statistics: ReturnStatistics
+) -> tuple[np.ndarray, ReturnStatistics]:
+    episodes = np.split(returns, np.cumsum(episode_lengths)[:-1])
+    targets = np.concatenate([standardize(episode, episode.mean(), episode.std()) for episode in episodes])
+    return targets, update_statistics(ReturnStatistics(), returns)
+
+
+def _standardize_rollout(
+    returns: np.ndarray, episode_lengths: np.ndarray, statistics: ReturnStatistics
+) -> tuple[np.ndarray, ReturnStatistics]:
+    statistics = update_statistics(ReturnStatistics(), returns)
+    return standardize(returns, statistics.mean, statistics.std), statistics
+
+
+def _standardize_running(
+    returns: np.ndarray, episode_lengths: np.ndarray, statistics: ReturnStatistics
+) -> tuple[np.ndarray, ReturnStatistics]:
+    statistics = update_statistics(statistics, returns)
+    return standardize(returns, statistics.mean, statistics.std), statistics
+
+
+STANDARDIZATIONS: dict[str | None, Standardization] = {
+    "running": Standardization(_standardize_running, has_units=True, is_running=True),
+    "episode": Standardization(_standardize_each_episode, has_units=False),
+    "rollout": Standardization(_standardize_rollout, has_units=False),
+    None: Standardization(_keep_raw, has_units=True),
+}
+"""
+The values of ``standardize_returns``. ``"running"``: by running statistics, to which the returns are added first.
+``"episode"``: each episode by its own. ``"rollout"``: by those of all returns of the update. None: unchanged.
+
+An entry added here is known everywhere: to the constructor's check, to training and to RL Zoo's sampler.
+"""
+
+
 def standardize_returns(
-    returns: np.ndarray,
-    episode_lengths: np.ndarray,
-    method: StandardizationMethod | None,
-    statistics: ReturnStatistics,
+    returns: np.ndarray, episode_lengths: np.ndarray, method: str | None, statistics: ReturnStatistics
 ) -> tuple[np.ndarray, ReturnStatistics]:
     """
     Turn the raw returns of one update into the targets that are trained on.
 
-    :param returns: ``(n,)`` returns in reward units, one episode behind the other, ``n >= 1``
+    :param returns: ``(n,)`` returns in reward units, the episodes concatenated, ``n >= 1``
     :param episode_lengths: ``(n_episodes,)`` number of steps of each episode; sums to ``n``
-    :param method: ``"episode"``: each episode by its own statistics. ``"rollout"``: by those of all ``n`` returns.
-        ``"running"``: by running statistics, to which these returns are added first. ``None``: unchanged
+    :param method: A key of :data:`STANDARDIZATIONS`
     :param statistics: The running statistics before this update
-    :return: ``(n,)`` targets, and the statistics after this update: the running ones for ``"running"``,
-        those of these returns otherwise (they describe, nothing depends on them)
+    :return: ``(n,)`` targets, and the statistics after this update: see :class:`Standardization`
     """
-    if method == "running":
-        statistics = update_statistics(statistics, returns)
-        return standardize(returns, statistics.mean, statistics.std), statistics
-
-    statistics = update_statistics(ReturnStatistics(), returns)
-    if method is None:
-        return returns, statistics
-    if method == "rollout":
-        return standardize(returns, statistics.mean, statistics.std), statistics
-    episodes = np.split(returns, np.cumsum(episode_lengths)[:-1])
-    return np.concatenate([standardize(episode, episode.mean(), episode.std()) for episode in episodes]), statistics
+    return STANDARDIZATIONS[method].standardize(returns, episode_lengths, statistics)

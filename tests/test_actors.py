@@ -17,15 +17,9 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 from torch.nn.utils import prune
 
-from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, SharedMlpPolicy, actors
-from sb3_episodic_a2c.actors import (
-    NUMPY_ACTIVATIONS,
-    TORCH_ACTIVATIONS,
-    NumpyActor,
-    TorchActor,
-    make_actor,
-    reason_against_numpy,
-)
+from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, SharedMlpPolicy, actors, plain_mlp
+from sb3_episodic_a2c.actors import NumpyActor, TorchActor, make_actor
+from sb3_episodic_a2c.plain_mlp import NUMPY_ACTIVATIONS, TORCH_ACTIVATIONS, inspect
 from tests.envs import ACTION_SPACES, OBSERVATION_SPACES, TargetEnv, vectorized
 
 ACTIVATIONS = [*NUMPY_ACTIVATIONS, *TORCH_ACTIVATIONS]
@@ -104,7 +98,7 @@ def test_layers_without_bias_and_parametrised_activations() -> None:
     observations = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     before = observations.copy()
     for n in (1, 5):
-        _, output = NumpyActor(policy, np.random.default_rng(0)).latent_and_output(observations[:n])
+        _, output = make_actor(policy, "numpy", np.random.default_rng(0)).latent_and_output(observations[:n])
         with th.no_grad():
             expected = policy.action_net(policy.mlp_extractor.policy_net(th.as_tensor(observations[:n]))).numpy()
         np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
@@ -353,8 +347,9 @@ CHANGES = [
 
 def pretend_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is none here: copies instead of views, which is what an actor makes there."""
-    monkeypatch.setattr(actors, "_to_numpy", lambda tensor: tensor.detach().cpu().numpy().copy())
-    monkeypatch.setattr(actors, "_is_shareable", lambda action_net: False)
+    for module in (actors, plain_mlp):
+        monkeypatch.setattr(module, "to_numpy", lambda tensor: tensor.detach().cpu().numpy().copy())
+    monkeypatch.setattr(plain_mlp, "_is_on_cpu", lambda layer: False)
 
 
 @pytest.mark.parametrize("is_on_another_device", [False, True])
@@ -447,13 +442,13 @@ class SquashedPolicy(ActorCriticPolicy):
 
 def test_actions_come_from_the_policys_own_way_of_sampling() -> None:
     model = EpisodicA2C(OwnSampling, "CartPole-v1", device="cpu")
-    assert "a way of its own" in (reason_against_numpy(model.policy) or "")
+    assert "a way of its own" in str(inspect(model.policy))
     OwnSampling.n_calls = 0
     model.learn(100)
     assert OwnSampling.n_calls == 100
 
     model = EpisodicA2C(SquashedPolicy, "Pendulum-v1", policy_kwargs={"log_std_init": 2.0}, device="cpu")
-    assert "SquashedDiagGaussianDistribution" in (reason_against_numpy(model.policy) or "")
+    assert "SquashedDiagGaussianDistribution" in str(inspect(model.policy))
     model.learn(200)
     assert np.abs(model.rollout_buffer.actions).max() <= 1
 
@@ -468,7 +463,7 @@ class OwnFeatures(ActorCriticPolicy):
 def test_actions_come_from_the_features_that_training_sees() -> None:
     model = EpisodicA2C(OwnFeatures, "CartPole-v1", device="cpu", seed=0)
     policy = model.policy
-    assert "a way of its own" in (reason_against_numpy(policy) or "")
+    assert "a way of its own" in str(inspect(policy))
     with th.no_grad():
         policy.action_net.weight.mul_(1_000)
     observations = np.array([[0.5, -1.0, 0.3, 1.0]], np.float32)
@@ -498,7 +493,9 @@ def test_the_torch_actor_runs_the_actor_alone(
     env = vectorized(lambda _: TargetEnv(OBSERVATION_SPACES[observation], ACTION_SPACES[action]), 2)
     model = EpisodicA2C(policy, env, actor="torch", device="cpu")
     modes: list[bool] = []
-    model.policy.action_net.register_forward_hook(lambda module, x, y: modes.append(th.is_inference_mode_enabled()))
+    model.policy.action_net.register_forward_hook(
+        lambda module, x, y: modes.append((th.is_grad_enabled(), th.is_inference_mode_enabled()))
+    )
 
     def refuse(*args: Any) -> Any:
         raise AssertionError("not needed for an action")
@@ -508,10 +505,12 @@ def test_the_torch_actor_runs_the_actor_alone(
     monkeypatch.setattr(type(model.policy.action_dist), "log_prob", refuse)
     assert model.env is not None
     assert len(model._sample_actions(model.env.reset(), {})) == 2  # type: ignore[arg-type]
-    assert modes == [True]
+    # Modules that keep a tensor can still be trained with it
+    assert modes == [(False, False)]
 
 
-def test_distributions_check_their_arguments_except_while_collecting() -> None:
+def test_distributions_check_their_arguments_also_while_collecting() -> None:
+    """The setting is one for the whole process: another thread may rely on it."""
     model = EpisodicA2C("MlpPolicy", "CartPole-v1", device="cpu", actor="torch")
     get_distribution, checks = model.policy.get_distribution, []
 
@@ -522,11 +521,10 @@ def test_distributions_check_their_arguments_except_while_collecting() -> None:
 
     model.policy.get_distribution = watched  # type: ignore[method-assign]
     model.learn(50)
-    assert checks == [False] * 50
+    assert checks == [True] * 50
     logits_of_nan = th.tensor([np.nan, 0.0])
     with pytest.raises(ValueError, match="constraint"):
         th.distributions.Categorical(logits=logits_of_nan)
-    # Nor after a sample that was refused
     with pytest.raises(ValueError, match="too large"):
         model._actor.sample(np.full((1, 4), np.nan, np.float32), {})
     with pytest.raises(ValueError, match="constraint"):
@@ -591,7 +589,7 @@ def test_everything_else_is_done_by_torch(policy: Any, observation: str, policy_
     env = vectorized(lambda _: TargetEnv(OBSERVATION_SPACES[observation], ACTION_SPACES["discrete"]), 1)
     model = EpisodicA2C(policy, env, policy_kwargs=policy_kwargs, device="cpu")
     assert isinstance(model._actor, TorchActor)
-    assert reason in (reason_against_numpy(model.policy) or "")
+    assert reason in str(inspect(model.policy))
     model.learn(10)
     with pytest.raises(ValueError, match=rf'`actor` is "numpy", but.*{reason}.*actor="auto" or "torch"'):
         EpisodicA2C(policy, env, policy_kwargs=policy_kwargs, actor="numpy")
@@ -628,7 +626,7 @@ def test_a_standard_deviation_that_is_no_plain_parameter(change: Any) -> None:
 def test_hooks_are_not_passed_over() -> None:
     model = EpisodicA2C("MlpPolicy", "CartPole-v1", device="cpu")
     model.policy.action_net.register_forward_hook(lambda module, inputs, output: output + 1)
-    assert "hooks" in (reason_against_numpy(model.policy) or "")
+    assert "hooks" in str(inspect(model.policy))
     model.learn(100)
     assert isinstance(model._actor, TorchActor)
 

@@ -46,7 +46,7 @@ BOX, TWO = spaces.Box(-1, 1, (2,)), spaces.Discrete(2)
         ({"gamma": 1.01}, "1.01", r"\[0, 1\]"),
         ({"gamma": -0.1}, "-0.1", r"\[0, 1\]"),
         ({"gamma": float("nan")}, "nan", r"\[0, 1\]"),
-        ({"standardize_returns": "batch"}, "'batch'", "'episode', 'rollout', 'running', None"),
+        ({"standardize_returns": "batch"}, "'batch'", "'running', 'episode', 'rollout', None"),
         ({"standardize_returns": True}, "True", "must be one of"),
         ({"handle_timeout_termination": "yes"}, "'yes'", "True or False"),
         ({"partial_episodes": "keep"}, "'keep'", "'carry', 'discard'"),

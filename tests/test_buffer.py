@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sb3_episodic_a2c import EpisodicRolloutBuffer
 from sb3_episodic_a2c.returns import discounted_returns
+from sb3_episodic_a2c.selection import PARTIAL_EPISODES, TakeFinished, TakeStarted
 
 BOX = spaces.Box(-1e9, 1e9, (2,), dtype=np.float32)
 DICT = spaces.Dict({"position": BOX, "image": spaces.Box(0, 255, (1, 3, 3), dtype=np.uint8), "mode": spaces.Discrete(7)})
@@ -78,6 +79,7 @@ def test_buffer_equals_a_brute_force_reference(
     n_wanted = max(n_wanted, n_envs)
     space = DICT if is_dict else BOX
     buffer = EpisodicRolloutBuffer(buffer_size, space, spaces.Discrete(1_000), device="cpu", n_envs=n_envs)
+    buffer.select(PARTIAL_EPISODES["discard" if discard else "carry"], n_wanted)
     running: list[list[tuple]] = [[] for _ in range(n_envs)]
     started = list(range(n_envs))  # what episode, in order of starts, each environment is in
     times_used: dict[tuple, int] = {}
@@ -105,7 +107,7 @@ def test_buffer_equals_a_brute_force_reference(
             buffer.add(observations, actions, rewards, {"action_masks": masks})
             env_indices = np.flatnonzero(dones)
             values = rng.normal(size=len(env_indices))
-            buffer.close_episodes(env_indices, values, max_started_episodes=n_wanted if discard else None)
+            buffer.close_episodes(env_indices, values)
             for index, value in zip(env_indices, values, strict=True):
                 if not discard or started[index] < n_wanted:
                     reference.append((running[index], value))
@@ -183,14 +185,15 @@ def test_stale_and_unused_fractions_by_hand() -> None:
     for finished in ((), (0,), (), (0,)):
         add(*finished)
     buffer.finish_rollout(buffer.compute_returns(0.9))
-    assert (buffer.pos, buffer.stale_fraction, buffer.unused_fraction) == (4, 0.0, 0.5)
+    assert buffer.counts() == (4, 0, 8) and buffer.pos == 4
+    assert (TakeFinished.fraction(buffer.counts()), TakeStarted.fraction(buffer.counts())) == (0.0, 0.5)
 
     buffer.start_rollout()
     for finished in ((1,), (0,)):
         add(*finished)
     buffer.finish_rollout(buffer.compute_returns(0.9))
     # 5 transitions of environment 1, 4 of them older than this rollout, and 2 of environment 0
-    assert (buffer.pos, buffer.stale_fraction) == (7, pytest.approx(4 / 7))
+    assert (buffer.pos, TakeFinished.fraction(buffer.counts())) == (7, pytest.approx(4 / 7))
 
 
 def test_one_environment_reuses_its_rows_and_never_grows_beyond_the_longest_episode() -> None:

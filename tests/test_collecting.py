@@ -22,7 +22,8 @@ from torch import nn
 from sb3_episodic_a2c import EpisodicA2C, EpisodicRolloutBuffer, MaskableEpisodicA2C, RecurrentEpisodicA2C
 from sb3_episodic_a2c.callbacks import StopTrainingOnSolved
 from sb3_episodic_a2c.returns import discounted_returns, standardize
-from sb3_episodic_a2c.type_aliases import EpisodicRolloutBufferSamples
+from sb3_episodic_a2c.samples import EpisodicRolloutBufferSamples
+from sb3_episodic_a2c.selection import TakeFinished
 from tests.envs import arguments_of
 
 
@@ -101,14 +102,15 @@ def ten_or_two_hundred(seed: int) -> Any:
         yield from rng.permutation([10] * 50 + [200] * 50).tolist()
 
 
+class FirstFinished(TakeFinished):
+    """The mistake: resets the environments, and takes the episodes that finish first."""
+
+    restarts = True
+
+
 class FirstFinishedBuffer(EpisodicRolloutBuffer):
-    """The mistake: takes the episodes that finish first."""
-
-    def is_complete(self, n_wanted_episodes: int, max_started_episodes: Any = None) -> bool:
-        return super().is_complete(n_wanted_episodes)
-
-    def close_episodes(self, env_indices: Any, terminal_values: Any, max_started_episodes: Any = None) -> None:
-        super().close_episodes(env_indices, terminal_values)
+    def select(self, rule: type[TakeFinished], n_wanted: int) -> None:
+        super().select(FirstFinished, n_wanted)
 
 
 def mean_length_used(partial_episodes: str, n_envs: int, n_used: int, **arguments: Any) -> float:
@@ -585,8 +587,8 @@ class BatchNormExtractor(FlattenExtractor):
 def test_passes_on_the_cpu(
     numbers: int, batch_size: int | None, policy_kwargs: dict, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sb3_episodic_a2c.episodic_a2c.CPU_PASS_SIZE", 100)
-    monkeypatch.setattr("sb3_episodic_a2c.episodic_a2c.CPU_PASS_NUMBERS", numbers)
+    monkeypatch.setattr("sb3_episodic_a2c.evaluation.CPU_PASS_SIZE", 100)
+    monkeypatch.setattr("sb3_episodic_a2c.evaluation.CPU_PASS_NUMBERS", numbers)
     sizes: list[int] = []
 
     class Recording(EpisodicA2C):

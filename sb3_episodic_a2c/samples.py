@@ -1,4 +1,4 @@
-"""Records that pass between the rooms of the package. No logic."""
+"""The record of transitions that the rollout buffer gives to training."""
 
 from typing import NamedTuple
 
@@ -8,10 +8,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 class EpisodicRolloutBufferSamples(NamedTuple):
     """
-    Transitions of complete episodes, one episode behind the other, on the training device.
+    Transitions of complete episodes, concatenated, on the training device.
 
     ``episode_lengths`` cuts the flat tensors into episodes: it sums to ``n_transitions``. Where a batch limit cut
-    an episode, its pieces are counted apart.
+    an episode, its pieces are counted separately.
     """
 
     observations: PyTorchObs
@@ -24,3 +24,7 @@ class EpisodicRolloutBufferSamples(NamedTuple):
     """Number of transitions of each episode, in order."""
     policy_inputs: dict[str, th.Tensor]
     """What the policy was given beside the observation, ``(n_transitions, ...)`` each, e.g. action masks."""
+    advantages: th.Tensor | None = None
+    """``(n_transitions,)`` float32, in the units of ``returns``. Set before :meth:`EpisodicA2C._losses` sees them."""
+    old_log_prob: th.Tensor | None = None
+    """``(n_transitions,)`` log-probabilities before the update, where the algorithm asks for them; None otherwise."""

@@ -1,4 +1,4 @@
-"""Refusals of bad input, made before anything is changed. Each names the argument, its value and the remedy."""
+"""Bad arguments and spaces, refused before anything is changed. Each error names the argument, its value and the remedy."""
 
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -10,7 +10,8 @@ from stable_baselines3.common.policies import BasePolicy
 
 from sb3_episodic_a2c.actors import ActorChoice
 from sb3_episodic_a2c.buffers import EpisodicRolloutBuffer
-from sb3_episodic_a2c.returns import StandardizationMethod
+from sb3_episodic_a2c.returns import STANDARDIZATIONS
+from sb3_episodic_a2c.selection import PARTIAL_EPISODES
 
 PartialEpisodes = Literal["carry", "discard"]
 
@@ -43,17 +44,20 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     )
     check("n_episodes", _is_integer(arguments["n_episodes"], 1), "It must be an integer >= 1 (episodes per environment).")
     check("gamma", _is_number(gamma) and 0 <= gamma <= 1, "It must lie in [0, 1], e.g. 0.99.")
-    methods = (*get_args(StandardizationMethod), None)
-    check("standardize_returns", arguments["standardize_returns"] in methods, f"It must be one of {methods}.")
+    method = arguments["standardize_returns"]
+    check("standardize_returns", method in STANDARDIZATIONS, f"It must be one of {(*STANDARDIZATIONS,)}.")
     check("handle_timeout_termination", isinstance(arguments["handle_timeout_termination"], bool), "It must be True or False.")
     check(
         "handle_timeout_termination",
-        not (arguments["handle_timeout_termination"] and arguments["standardize_returns"] in ("episode", "rollout")),
-        f"With standardize_returns={arguments['standardize_returns']!r} the critic's values have no fixed units, so they "
+        not arguments["handle_timeout_termination"] or STANDARDIZATIONS[method].has_units,
+        f"With standardize_returns={method!r} the critic's values have no fixed units, so they "
         'cannot stand for the rewards after a time limit: set it to False, or use standardize_returns="running" or None.',
     )
-    choices = get_args(PartialEpisodes)
-    check("partial_episodes", arguments["partial_episodes"] in choices, f"It must be one of {choices}.")
+    check(
+        "partial_episodes",
+        arguments["partial_episodes"] in PARTIAL_EPISODES,
+        f"It must be one of {(*PARTIAL_EPISODES,)}.",
+    )
     huber_delta, vf_coef = arguments["huber_delta"], arguments["vf_coef"]
     check("huber_delta", _is_number(huber_delta) and huber_delta > 0, "It must be a number > 0, e.g. 1.0.")
     check("detach_advantage", isinstance(arguments["detach_advantage"], bool), "It must be True or False.")
@@ -88,6 +92,27 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     )
     for name in ("rollout_buffer_kwargs", "policy_kwargs"):
         check(name, arguments[name] is None or isinstance(arguments[name], dict), "It must be a dict, or None.")
+
+
+def check_policy_class(algorithm: Any, policy_class: type[BasePolicy]) -> None:
+    """
+    Refuse policies that would be trained without what they need, such as those of a variant.
+
+    :param algorithm: :class:`EpisodicA2C` or a subclass of it
+    :param policy_class: The policy that it is given
+    :raises ValueError: It does not fit. The error names the algorithm that it is for
+    """
+    base = algorithm._policy_base_class
+    others = [
+        f" A {policy_class.__name__} is for {name}."
+        for other, name in algorithm._variants.items()
+        if issubclass(policy_class, other) and not issubclass(base, other)
+    ]
+    if others or not issubclass(policy_class, base):
+        raise ValueError(
+            f"`policy` {policy_class.__name__} does not fit {algorithm.__name__}: use one of "
+            f"{sorted(algorithm.policy_aliases)}, or a subclass of {base.__module__}.{base.__name__}.{''.join(others)}"
+        )
 
 
 def check_spaces(

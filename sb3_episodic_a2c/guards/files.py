@@ -1,0 +1,105 @@
+"""Files and parameters, which are replaced whole or not at all."""
+
+import copy
+import io
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.type_aliases import TensorDict
+
+from sb3_episodic_a2c.guards.signals import uninterrupted
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """
+    Open a file for writing that takes the place of ``path`` once it is complete and on the disk.
+
+    Whatever happens before that, a crash of the machine included, leaves what ``path`` was before.
+
+    :param path: Where the file will be. Its folder is made if it is missing
+    """
+    # What a link points to is replaced, not the link
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        # The new name must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def temporary_path(path: Path) -> Path:
+    """
+    :param path: The file to be written
+    :return: Where it is written first: a hidden file in the same folder, which a process that is killed leaves behind
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+class SafelySaved(BaseAlgorithm):
+    """An algorithm whose saved file and whose parameters survive what goes wrong while they are replaced."""
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save all the attributes of the object and the model parameters in a zip-file.
+
+        Unlike SB3's, it leaves a file of that name as it was until the new one is complete: a crash or a full disk
+        never loses both. Ctrl-C waits until the model is written.
+
+        :param path: path to the file where the rl agent should be saved
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        """
+        # A Ctrl-C that comes while torch writes would end in an unrelated RuntimeError of torch
+        with uninterrupted():
+            if not isinstance(path, (str, pathlib.Path)):
+                super().save(path, exclude, include)
+                return
+            with atomic_write(path if pathlib.Path(path).suffix else f"{path}.zip") as file:
+                super().save(file, exclude, include)  # type: ignore[arg-type]  # BinaryIO is one for all that SB3 does
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """
+        Load parameters from a given zip-file or a nested dictionary containing parameters for different modules.
+
+        Unlike SB3's, it loads all of them or, if it raises an error, none.
+
+        :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
+            containing nn.Module parameters used by the policy
+        :param exact_match: If True, the given parameters should include parameters for each module and each of their
+            parameters
+        :param device: Device on which the code should run
+        """
+        before = copy.deepcopy(self.get_parameters())
+        try:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        except BaseException:
+            with uninterrupted():
+                super().set_parameters(before)  # type: ignore[arg-type]  # what SB3 itself returns
+            raise

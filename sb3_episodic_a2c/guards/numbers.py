@@ -1,0 +1,144 @@
+"""Numbers that are not finite: where they come from, and what they have spoilt."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.vec_env import VecNormalize
+from torch import nn
+
+NOT_MADE = "so the update was not made and the parameters are as they were."
+
+
+def has_finite_numbers(observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+    """
+    :param observations: ``(n, *obs_shape)``, or a dict of such arrays
+    :return: ``(n,)`` whether all numbers of an observation are finite
+    """
+    arrays = observations.values() if isinstance(observations, dict) else [observations]
+    return np.logical_and.reduce([np.isfinite(array).reshape(len(array), -1).all(axis=1) for array in arrays])
+
+
+def check_policy_input(
+    observations: np.ndarray | dict[str, np.ndarray], steps: np.ndarray, tensors: Iterable[tuple[str, th.Tensor]]
+) -> None:
+    """
+    Look for the reason why no action could be sampled.
+
+    :param observations: ``(n_envs, *obs_shape)``, or a dict of such arrays: what the policy was given
+    :param steps: ``(n_envs,)`` steps that the environments have made in their running episodes
+    :param tensors: Parameters and buffers of the policy, by name
+    :raises ValueError: A number is not finite. It names the environment and the step, or the parameter
+    """
+    for name, array in observations.items() if isinstance(observations, dict) else [("observation", observations)]:
+        is_finite = has_finite_numbers(array)
+        if not is_finite.all():
+            index = int(is_finite.argmin())
+            raise ValueError(
+                f"Environment {index} gave an observation that is not finite at step {steps[index]} of its episode, so no "
+                f"action could be sampled: {name}={array[index]}. Fix the environment, or clip in a wrapper. "
+                "stable_baselines3.common.vec_env.VecCheckNan raises at the first bad value."
+            )
+    for name, tensor in tensors:
+        if not th.isfinite(tensor).all():
+            raise ValueError(
+                f"The parameter {name!r} of the policy is not finite, so no action could be sampled. Load an earlier "
+                "model, and lower `learning_rate`, unless other code than training has written into `model.policy`."
+            )
+
+
+def check_rewards(rewards: np.ndarray, steps: np.ndarray) -> None:
+    """
+    Refuse rewards that would spoil what the rewards of all environments are normalized by.
+
+    :param rewards: ``(n_envs,)`` as the environments gave them
+    :param steps: ``(n_envs,)`` steps that they had made in their running episodes
+    :raises ValueError: It names the environment and the step
+    """
+    is_finite = np.isfinite(rewards)
+    if not is_finite.all():
+        index = int(is_finite.argmin())
+        raise ValueError(
+            f"Environment {index} gave the reward {rewards[index]} at step {steps[index]} of its episode. Rewards must be "
+            "finite: fix the environment, or clip in a wrapper."
+        )
+
+
+def check_gradient(parameters: Sequence[nn.Parameter], update: int) -> th.Tensor:
+    """
+    Refuse a gradient that would spoil the parameters.
+
+    :param parameters: Those that have a gradient
+    :param update: Number of the update
+    :return: The norm of all gradients together, a scalar
+    :raises ValueError: No parameter has a gradient, or it is not finite
+    """
+    if not parameters:
+        raise ValueError(
+            "No parameter of `policy.optimizer` has a gradient: are all frozen, or was the policy replaced after the "
+            "optimizer was made? Make a new one with the parameters of `model.policy` that are to be trained."
+        )
+    # As `th.nn.utils.get_total_norm`, for parameters that are all on one device
+    gradients = [parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]
+    norm = th.linalg.vector_norm(th.cat(gradients))
+    if not math.isfinite(norm.item()):
+        raise ValueError(
+            f"The gradient of update {update} is not finite (norm {norm.item()}), {NOT_MADE} Lower `learning_rate`, set "
+            "`max_grad_norm`, or look for extreme observations and rewards with "
+            "stable_baselines3.common.vec_env.VecCheckNan."
+        )
+    return norm
+
+
+def check_learning_rate(schedule: Callable[[float], float], progress_remaining: float, update: int) -> None:
+    """
+    :param schedule: The schedule of the learning rate
+    :param progress_remaining: From 1 to 0
+    :param update: Number of the update
+    :raises ValueError: The learning rate is not finite
+    """
+    learning_rate = schedule(progress_remaining)
+    if not math.isfinite(learning_rate):
+        raise ValueError(
+            f"The learning rate of update {update} is {learning_rate}, {NOT_MADE} Fix the `learning_rate` schedule: "
+            f"it returned {learning_rate} at progress_remaining={progress_remaining}."
+        )
+
+
+NormalizeStatistics = tuple[Any, Any]
+"""``obs_rms`` and ``ret_rms`` of a VecNormalize: copies."""
+
+
+def statistics_of(vec_normalize: VecNormalize | None) -> NormalizeStatistics | None:
+    """
+    :param vec_normalize: The wrapper, if there is one
+    :return: Copies of its running statistics
+    """
+    return None if vec_normalize is None else copy.deepcopy((getattr(vec_normalize, "obs_rms", None), vec_normalize.ret_rms))
+
+
+def restore_statistics(vec_normalize: VecNormalize | None, statistics: NormalizeStatistics | None) -> None:
+    """
+    Put back statistics that non-finite numbers have spoilt.
+
+    :param vec_normalize: The wrapper, if there is one
+    :param statistics: What they were, see :func:`statistics_of`
+    """
+    if vec_normalize is None or statistics is None:
+        return
+    moments = [
+        moment
+        for rms in (getattr(vec_normalize, "obs_rms", None), vec_normalize.ret_rms)
+        for one in (rms.values() if isinstance(rms, dict) else [rms])
+        if one is not None
+        for moment in (one.mean, one.var)
+    ]
+    if not all(np.isfinite(moment).all() for moment in moments):
+        obs_rms, ret_rms = copy.deepcopy(statistics)
+        if obs_rms is not None:
+            vec_normalize.obs_rms = obs_rms
+        vec_normalize.ret_rms = ret_rms
+    vec_normalize.returns = np.nan_to_num(vec_normalize.returns, posinf=0.0, neginf=0.0)

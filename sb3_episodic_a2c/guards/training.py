@@ -1,0 +1,91 @@
+"""What an error in ``learn`` leaves behind: a model as after its last update, and the environment that caused it."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from sb3_episodic_a2c.guards.numbers import check_policy_input, restore_statistics
+from sb3_episodic_a2c.guards.signals import uninterrupted
+from sb3_episodic_a2c.guards.workers import base_env, stop_workers_if_one_died, watch_workers
+
+
+@contextmanager
+def guarded_training(model: Any) -> Iterator[None]:
+    """
+    Whatever ends the training, Ctrl-C included, leaves the model as it was after its last update.
+
+    The next ``learn`` resets the environments. Where an environment raised the error, a note says which.
+
+    :param model: The :class:`EpisodicA2C` that learns in the block
+    :raises RuntimeError: A worker process died
+    """
+    # Of this thread. Ctrl-C may come while torch switches it for a while
+    is_grad_enabled = th.is_grad_enabled()
+    try:
+        with watch_workers(model.env):
+            yield
+    except BaseException as error:
+        th.set_grad_enabled(is_grad_enabled)
+        if model.env is not None:
+            _abandon_rollout(model, model.env, error)
+        raise
+
+
+def _abandon_rollout(model: Any, env: VecEnv, error: BaseException) -> None:
+    """Forget the rollout, and say which environment is the cause."""
+    with uninterrupted():
+        steps = model.rollout_buffer.running_steps
+        # Which environments have made the last step is unknown: reset all of them
+        model._last_obs = None
+        model.rollout_buffer.reset()
+        restore_statistics(model.get_vec_normalize_env(), model._normalize_statistics)
+    where = (
+        f"after {model.num_timesteps} env steps. The model is as it was after update {model._n_updates}; "
+        "the next `learn` starts with a reset of the environments"
+    )
+    death = stop_workers_if_one_died(error, env)
+    if death is not None:
+        raise RuntimeError(
+            f"Training ended because {death}, at step {steps.tolist()} of the environments' episodes, {where}, "
+            "so give it new ones of the same number with `model.set_env(env)` before."
+        ) from error
+    index = find_environment(error, env)
+    # Python 3.10 has no notes
+    if index is not None and hasattr(error, "add_note"):
+        error.add_note(f"Raised by environment {index} at step {steps[index]} of its episode, {where}.")
+
+
+def raise_if_not_finite(model: Any, error: Exception) -> None:
+    """
+    :param model: The :class:`EpisodicA2C` that could not sample an action
+    :param error: What was raised
+    :raises ValueError: The cause is a number that is not finite: it names the environment and the step, or the parameter
+    """
+    vec_normalize = model.get_vec_normalize_env()
+    # One environment spoils the statistics that the observations of all are normalized by
+    observations = model._last_obs if vec_normalize is None else vec_normalize.get_original_obs()
+    assert observations is not None
+    tensors = [*model.policy.named_parameters(), *model.policy.named_buffers()]
+    try:
+        check_policy_input(observations, model.rollout_buffer.running_steps, tensors)
+    except ValueError as reason:
+        raise reason from error
+
+
+def find_environment(error: BaseException, env: VecEnv) -> int | None:
+    """
+    :param error: What was raised
+    :param env: The environments it may come from
+    :return: Index of the environment that raised it; None if it is not known, or none of them did
+    """
+    dummy_env = base_env(env)
+    if isinstance(dummy_env, DummyVecEnv):
+        # SB3 steps them in turn, and its frame is the only place that says whose turn it was
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_locals.get("self") is dummy_env and "env_idx" in frame.f_locals:
+                return frame.f_locals["env_idx"]
+    return None

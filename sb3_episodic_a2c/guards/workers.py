@@ -1,0 +1,155 @@
+"""Worker processes of a ``SubprocVecEnv``: which died, and how to go on with those that were interrupted."""
+
+import os
+import signal
+import socket
+import struct
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Pipe, wait
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
+
+WORKER_EXIT_SECONDS = 5.0
+"""How long a worker may take from closing its pipe to its end."""
+
+
+def base_env(env: VecEnv) -> VecEnv:
+    """
+    :param env: Environments, with or without wrappers
+    :return: The environments without the wrappers of SB3
+    """
+    while isinstance(env, VecEnvWrapper):
+        env = env.venv
+    return env
+
+
+def stop_workers_if_one_died(error: BaseException | None, env: VecEnv) -> str | None:
+    """
+    If a worker process died, stop the others, which are of no use without it.
+
+    :param error: What was raised in talking to them; None to look at once
+    :param env: The environments
+    :return: Which died, and how; None if all are alive, or there are none
+    """
+    subproc_env = base_env(env)
+    if not isinstance(subproc_env, SubprocVecEnv) or subproc_env.closed:
+        return None
+    if error is not None:
+        if not isinstance(error, (EOFError, ConnectionError)):
+            return None
+        ended = wait([process.sentinel for process in subproc_env.processes], timeout=WORKER_EXIT_SECONDS)
+        for process in subproc_env.processes:
+            if process.sentinel in ended:
+                # It closes its pipes a moment before it can be asked for its exit code
+                process.join(WORKER_EXIT_SECONDS)
+    dead = [index for index, process in enumerate(subproc_env.processes) if not process.is_alive()]
+    if not dead:
+        return None
+    for process in subproc_env.processes:
+        process.terminate()
+    for process in subproc_env.processes:
+        process.join()
+    for remote in subproc_env.remotes:
+        remote.close()
+    # `close` would wait for an answer of the dead
+    subproc_env.waiting, subproc_env.closed = False, True
+    return "; ".join(
+        f"the worker process of environment {index} {_describe_exit(subproc_env.processes[index].exitcode)}" for index in dead
+    )
+
+
+def _describe_exit(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    return f"ended with exit code {exit_code} (if its environment raised an error, that is printed above)"
+
+
+def resynchronize(env: VecEnv) -> None:
+    """
+    Throw away what worker processes still answer to a step that was interrupted.
+
+    Otherwise it would be taken for the answer to the next question, and every later answer would be one step late.
+
+    :param env: The environments, about to be reset
+    :raises RuntimeError: A worker is dead
+    """
+    subproc_env = base_env(env)
+    if not isinstance(subproc_env, SubprocVecEnv):
+        return
+    try:
+        if subproc_env.closed:
+            raise EOFError
+        # A worker that gives this back has answered everything before
+        token = str(uuid.uuid4())
+        for remote in subproc_env.remotes:
+            remote.send(("set_attr", ("resynchronization_token", token)))
+            remote.send(("get_attr", "resynchronization_token"))
+        for remote in subproc_env.remotes:
+            _skip_to(remote, token)
+    except Exception as error:
+        dead = stop_workers_if_one_died(error, env)
+        raise RuntimeError(
+            f"The environments cannot be reset: {dead or 'their worker processes do not answer any more'}. "
+            "Give the model new ones of the same number with `model.set_env(env)`."
+        ) from error
+    subproc_env.waiting = False
+
+
+def _skip_to(remote: Any, answer: str) -> None:
+    """Read from a pipe until this answer, which is the last one."""
+    if os.name != "posix":
+        received = None
+        while not (isinstance(received, str) and received == answer):
+            received = remote.recv()
+        return
+    # Read raw bytes: the interrupt may have split a length prefix from its message
+    message = bytes(ForkingPickler.dumps(answer))
+    end = struct.pack("!i", len(message)) + message
+    received_bytes = b""
+    while received_bytes != end:
+        chunk = os.read(remote.fileno(), 2**16)
+        if not chunk:
+            raise EOFError
+        received_bytes = (received_bytes + chunk)[-len(end) :]
+
+
+@contextmanager
+def watch_workers(env: VecEnv | None) -> Iterator[None]:
+    """
+    Make sure that the death of a worker process is noticed.
+
+    With ``start_method="fork"`` the workers hold each other's pipes open, so that SB3 would wait for the answer of a dead
+    one for ever. A thread that sleeps until one ends then closes its pipe for good.
+
+    :param env: The environments; nothing is done unless they live in forked processes
+    """
+    subproc_env = None if env is None else base_env(env)
+    if not isinstance(subproc_env, SubprocVecEnv) or subproc_env.closed or os.name != "posix":
+        yield
+        return
+    processes, remotes = list(subproc_env.processes), list(subproc_env.remotes)
+    stopped, stop = Pipe(duplex=False)
+
+    def watch() -> None:
+        sentinels = [process.sentinel for process in processes]
+        if stopped in (ready := wait([*sentinels, stopped])):
+            return
+        for sentinel, remote in zip(sentinels, remotes, strict=True):
+            if sentinel in ready:
+                with socket.socket(fileno=os.dup(remote.fileno())) as pipe:
+                    pipe.shutdown(socket.SHUT_RDWR)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.send(None)
+        thread.join()
+        stop.close()
+        stopped.close()

@@ -1,0 +1,328 @@
+"""
+Whether a policy is a plain MLP, whose layers can be run one after another without the policy's own methods.
+
+One inspection answers for all fast paths: the NumPy actor, values at time limits, and the evaluation of transitions in
+training. It gives the layers, or the reason why not.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from sb3_contrib.common.maskable.distributions import (
+    MaskableBernoulliDistribution,
+    MaskableCategoricalDistribution,
+    MaskableMultiCategoricalDistribution,
+)
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from torch import nn
+
+from sb3_episodic_a2c.policies import SharedMlpExtractor
+
+Array = np.ndarray
+
+# ---------------------------------------------------------------------- methods that a fast path bypasses
+
+BYPASSED_BY_ACTOR = ("forward", "extract_features", "get_distribution", "_get_action_dist_from_latent")
+"""By the NumPy actor, which samples without them."""
+BYPASSED_BY_TRAINING = ("evaluate_actions", "predict_values", "set_training_mode", "train")
+"""In training and for values at time limits, where the layers of actor and critic are run."""
+BYPASSED_BY_SEQUENCES = ("forward", "get_distribution", "predict_values", "evaluate_actions", "_process_sequence")
+"""By policies with a memory, whose layers are run over whole episodes instead of padded sequences."""
+
+PATCHABLE = {"forward", "forward_actor", *BYPASSED_BY_ACTOR}
+"""Methods of a policy or a layer that may have been replaced on the object itself."""
+
+
+def overridden_methods(policy: nn.Module | type[nn.Module], base: type[nn.Module], names: Iterable[str]) -> list[str]:
+    """
+    :param policy: A policy, on which methods may have been replaced, or a class of policies
+    :param base: The class, or the parent class, whose methods are asked about
+    :param names: Names of methods
+    :return: Those of them that are not those of ``base``
+    """
+    policy_class, own = (policy, {}) if isinstance(policy, type) else (type(policy), vars(policy))
+    return [name for name in names if name in own or getattr(policy_class, name) is not getattr(base, name)]
+
+
+# ---------------------------------------------------------------------- inspection
+
+DISTRIBUTIONS = (
+    CategoricalDistribution,
+    MultiCategoricalDistribution,
+    BernoulliDistribution,
+    DiagGaussianDistribution,
+    StateDependentNoiseDistribution,
+    MaskableCategoricalDistribution,
+    MaskableMultiCategoricalDistribution,
+    MaskableBernoulliDistribution,
+)
+"""Not their subclasses: a squashed Gaussian is one of a Gaussian."""
+
+
+class PlainMlp:
+    """
+    The layers of a policy, as they were when :func:`inspect` looked at it.
+
+    :param policy: The policy
+    :param actor: Linear layers and activations, from the flat observation to the output of ``action_net``
+    :param critic: The same, to the output of ``value_net``; None where values and training are left to the policy's methods
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, actor: list[Any], critic: list[Any] | None) -> None:
+        self.policy = policy
+        self.actor = actor
+        self.critic = critic
+        self.shares_memory = _is_on_cpu(actor[-1])
+        """Whether NumPy works on the parameters where they are, not on copies. One device holds all of them."""
+        # torch's own dicts: looking up a parameter there takes 0.04 us, as an attribute of the module 0.4 us
+        slots = [(layer._parameters, name) for layer in actor for name in layer._parameters]
+        if type(policy.action_dist) is DiagGaussianDistribution:
+            slots.append((policy._parameters, "log_std"))
+        self._slots: list[tuple[dict[str, Any], str]] = [slot for slot in slots if slot[0][slot[1]] is not None]
+
+    def addresses(self) -> list[int]:
+        """Where the actor's parameters are. It changes when one was replaced, or when a copy of it is out of date."""
+        tensors = [parameters[name] for parameters, name in self._slots]
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        # Views on the CPU follow what is written into a tensor, and keep its memory from being used for another one
+        return addresses if self.shares_memory else [*addresses, *(tensor._version for tensor in tensors)]
+
+    def is_current(self, policy: nn.Module) -> bool:
+        """
+        :param policy: The policy that the model has now
+        :return: Whether it is the one that was inspected, with the same layers
+        """
+        return policy is self.policy and (
+            _actor_layers(self.policy) == self.actor and (self.critic is None or _critic_layers(self.policy) == self.critic)
+        )
+
+
+def inspect(policy: ActorCriticPolicy) -> PlainMlp | str:
+    """
+    :param policy: The policy
+    :return: Its layers, if running them does what the policy does; otherwise the reason why not
+    """
+    for base in (ActorCriticPolicy, MaskableActorCriticPolicy):
+        # A subclass that overrides one of these has another distribution in mind
+        if isinstance(policy, base) and not overridden_methods(type(policy), base, BYPASSED_BY_ACTOR):
+            break
+    else:
+        return f"{type(policy).__name__} computes its distribution in a way of its own"
+    space = policy.observation_space
+    if not isinstance(space, (spaces.Box, spaces.MultiBinary)) or is_image_space(space):
+        return f"the observations are not flat numbers but {space}"
+    reason = _reason_against_modules(policy) or _reason_against_layers(policy, _actor_layers(policy))
+    if reason is not None:
+        return reason
+    return PlainMlp(policy, _actor_layers(policy), _critic_layers(policy) if _has_plain_critic(policy) else None)
+
+
+def _reason_against_modules(policy: ActorCriticPolicy) -> str | None:
+    """What stands around the layers of the actor."""
+    extractor: Any = policy.pi_features_extractor
+    if type(extractor) is not FlattenExtractor:
+        return f"the features extractor is a {type(extractor).__name__}"
+    if type(policy.mlp_extractor) not in (MlpExtractor, SharedMlpExtractor):
+        return f"`mlp_extractor` is a {type(policy.mlp_extractor).__name__}"
+    hidden = _hidden_layers(policy)
+    if type(hidden) is not nn.Sequential:
+        return f"the hidden layers are a {type(hidden).__name__}"
+    if type(policy.action_dist) not in DISTRIBUTIONS:
+        return f"the distribution is a {type(policy.action_dist).__name__}"
+    if type(policy.action_net) is not nn.Linear:
+        return f"`action_net` is a {type(policy.action_net).__name__}"
+    if type(policy.action_dist) is DiagGaussianDistribution:
+        # Not a buffer, nor computed at every access by a parametrization
+        log_std = dict(policy.named_parameters(recurse=False)).get("log_std")
+        if log_std is None or log_std.dtype != th.float32:
+            return "`log_std` is not a float32 parameter"
+    for module in (policy, extractor, extractor.flatten, policy.mlp_extractor, hidden):
+        if reason := _reason_against_calls(module):
+            return reason
+    return None
+
+
+def _reason_against_layers(policy: ActorCriticPolicy, layers: list[Any]) -> str | None:
+    for module in layers:
+        if reason := _reason_against_calls(module):
+            return reason
+        if type(module) is not nn.Linear and type(module) not in NUMPY_ACTIVATIONS and type(module) not in TORCH_ACTIVATIONS:
+            return f"there is a layer {type(module).__name__}"
+        if any(parameter.dtype != th.float32 for parameter in module.parameters()):
+            return "its parameters are not float32"
+    return None
+
+
+def _reason_against_calls(module: nn.Module) -> str | None:
+    """Code that would not be called where the module itself is not: hooks, and methods replaced on the object."""
+    # torch has no public way to ask for hooks
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"{type(module).__name__} has hooks"
+    if not PATCHABLE.isdisjoint(vars(module)):
+        return f"a method of {type(module).__name__} was replaced"
+    return None
+
+
+def _has_plain_critic(policy: ActorCriticPolicy) -> bool:
+    """
+    Whether there is no more to ``evaluate_actions`` and ``predict_values`` than to run the layers of actor and critic.
+
+    The actor's are known to be plain. Where the two share layers, the policy computes these once.
+    """
+    extractor: Any = policy.mlp_extractor
+    if (
+        overridden_methods(policy, ActorCriticPolicy, BYPASSED_BY_TRAINING)
+        or type(policy.action_dist) not in (CategoricalDistribution, DiagGaussianDistribution)
+        # Each of them may have been replaced
+        or not policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
+        or type(extractor) is not MlpExtractor
+        or "forward_critic" in vars(extractor)
+        or type(extractor.value_net) is not nn.Sequential
+        or type(policy.value_net) is not nn.Linear
+    ):
+        return False
+    actor, critic = _actor_layers(policy), _critic_layers(policy)
+    containers = (policy.features_extractor, extractor, extractor.policy_net, extractor.value_net)
+    return (
+        _reason_against_layers(policy, critic) is None
+        and _reason_against_calls(extractor.value_net) is None
+        and not any(module._backward_hooks or module._backward_pre_hooks for module in (*containers, *actor, *critic))
+        and all(parameter.is_cpu for module in (*actor, *critic) for parameter in module.parameters())
+        and (type(policy.action_dist) is not DiagGaussianDistribution or policy.log_std.is_cpu)
+        and all(_is_flat_layer(module) for module in (*actor, *critic))
+    )
+
+
+def _is_flat_layer(module: nn.Module) -> bool:
+    """Whether a linear layer has its own weight and bias, as parameters."""
+    return type(module) is not nn.Linear or set(dict(module.named_parameters(recurse=False))) == {"weight", "bias"}
+
+
+def _is_on_cpu(layer: nn.Linear) -> bool:
+    return layer.weight.is_cpu
+
+
+def _hidden_layers(policy: ActorCriticPolicy) -> Any:
+    extractor = policy.mlp_extractor
+    return extractor.shared_net if isinstance(extractor, SharedMlpExtractor) else extractor.policy_net
+
+
+def _actor_layers(policy: ActorCriticPolicy) -> list[Any]:
+    return [*_hidden_layers(policy), policy.action_net]
+
+
+def _critic_layers(policy: ActorCriticPolicy) -> list[Any]:
+    return [*policy.mlp_extractor.value_net, policy.value_net]
+
+
+# ---------------------------------------------------------------------- layers in NumPy
+
+
+def to_numpy(tensor: th.Tensor) -> Array:
+    """A view of a tensor on the CPU, a copy of one elsewhere."""
+    return tensor.numpy(force=True)
+
+
+Activation = Callable[[Array, Array], Array]
+"""``(x, out) -> activations``, which it may write into ``out``, as NumPy's own functions do; ``out`` may be ``x``."""
+
+Layer = tuple[Array | None, Array | None, Activation | None]
+"""``(weight (n_in, n_out), bias (n_out,), activation)``: no weight and bias for an activation that follows no linear layer."""
+
+
+def numpy_layers(modules: list[nn.Module]) -> list[Layer]:
+    """
+    :param modules: Linear layers and activations
+    :return: The linear layers with the activations that follow them. Their arrays share the memory of parameters on the CPU
+    """
+    layers: list[Layer] = []
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            # Without a bias, a scalar zero stands for it
+            bias = np.zeros((), np.float32) if module.bias is None else to_numpy(module.bias)
+            layers.append((to_numpy(module.weight).T, bias, None))
+            continue
+        make_activation = NUMPY_ACTIVATIONS.get(type(module))
+        activation = make_activation(module) if make_activation is not None else partial(_run_torch, module)
+        if layers and layers[-1][2] is None:
+            layers[-1] = (*layers[-1][:2], activation)
+        else:
+            layers.append((None, None, activation))
+    return layers
+
+
+def run_layers(layers: list[Layer], hidden: Array) -> Array:
+    """
+    :param layers: The layers
+    :param hidden: ``(n, n_in)`` or ``(n_in,)`` float32. An activation that comes first writes into it
+    :return: The output of the last one, ``(n, n_out)`` or ``(n_out,)``
+    """
+    for weight, bias, activation in layers:
+        if weight is not None:
+            hidden = hidden.dot(weight)
+            hidden += bias
+        if activation is not None:
+            hidden = activation(hidden, hidden)
+    return hidden
+
+
+# Functions with a name, so that a model can be pickled
+
+
+def _identity(x: Array, out: Array) -> Array:
+    return x
+
+
+def _relu(x: Array, out: Array) -> Array:
+    return np.maximum(x, np.float32(0), out=out)
+
+
+def _leaky_relu(negative_slope: np.float32, x: Array, out: Array) -> Array:
+    return np.where(x > 0, x, negative_slope * x)
+
+
+def _elu(alpha: np.float32, x: Array, out: Array) -> Array:
+    return np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0)))
+
+
+def _sigmoid(x: Array, out: Array) -> Array:
+    # By tanh: exp would overflow
+    return 0.5 * np.tanh(0.5 * x) + np.float32(0.5)
+
+
+def _silu(x: Array, out: Array) -> Array:
+    return x * _sigmoid(x, out)
+
+
+def _run_torch(module: nn.Module, x: Array, out: Array) -> Array:
+    # Without parameters, so it can be run as it is
+    return module(th.from_numpy(x)).numpy()
+
+
+NUMPY_ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
+    nn.Identity: lambda module: _identity,
+    nn.Tanh: lambda module: np.tanh,
+    nn.ReLU: lambda module: _relu,
+    nn.LeakyReLU: lambda module: partial(_leaky_relu, np.float32(module.negative_slope)),
+    nn.ELU: lambda module: partial(_elu, np.float32(module.alpha)),
+    nn.Sigmoid: lambda module: _sigmoid,
+    nn.SiLU: lambda module: _silu,
+}
+"""Activation module to a NumPy function of it."""
+
+TORCH_ACTIVATIONS = (nn.GELU, nn.SELU, nn.CELU, nn.Softplus, nn.Softsign, nn.Mish, nn.Hardtanh, nn.ReLU6, nn.Hardswish)
+"""Activations that torch itself computes: no parameters, no state."""
