@@ -1,4 +1,4 @@
-"""RL Zoo with our algorithms: its scripts as a user types them, our hyperparameters, samplers."""
+"""RL Zoo with our algorithms: its scripts as a user types them, our hyperparameters and samplers."""
 
 import os
 import shutil
@@ -72,7 +72,7 @@ def run(*arguments: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two runs of two evaluations each. What is written there stays there."""
+    """A folder with two runs of two evaluations each. Tests share it."""
     folder = tmp_path_factory.mktemp("zoo")
     arguments = (
         "train",
@@ -110,14 +110,14 @@ def test_train_writes_an_ordinary_run_folder(trained: Path) -> None:
 
     second = trained / "logs" / "episodic_a2c" / "CartPole-v1_2"
     model = EpisodicA2C.load(second / "CartPole-v1.zip")
-    assert (model.n_envs, model.learning_rate(0.5)) == (2, 0.005)  # type: ignore[operator]
+    assert (model.n_envs, model.learning_rate(0.5)) == (2, 0.005)  # type: ignore[operator]  # "lin_0.01" is a function
     assert (second / "CartPole-v1" / "vecnormalize.pkl").is_file()
     # The grids line up, whatever the number of environments
     assert np.load(second / "evaluations.npz")["timesteps"].tolist() == [500, 1_000]
 
 
 def test_train_is_resumed(trained: Path, tmp_path: Path) -> None:
-    """What `train` would have made of its third checkpoint is what resuming there makes of it, evaluations or not."""
+    """From the third checkpoint on, resuming gives what `train` gave, although `train` also evaluated."""
     run_folder = trained / "logs" / "episodic_a2c" / "CartPole-v1_2"
     episodes = load_results(str(run_folder))
     checkpoints = Path(shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints"))
@@ -133,8 +133,9 @@ def test_train_is_resumed(trained: Path, tmp_path: Path) -> None:
     assert model.num_timesteps == finished.num_timesteps
     for one, other in zip(model.policy.parameters(), finished.policy.parameters(), strict=True):
         assert th.equal(one, other)
-    assert resume(checkpoints, device="cpu").num_timesteps == 1_000  # type: ignore[union-attr]
-    # Written anew from the checkpoint on
+    resumed = resume(checkpoints, device="cpu")
+    assert resumed is not None and resumed.num_timesteps == 1_000
+    # The log has been written again from the checkpoint on
     assert load_results(str(run_folder))["r"].tolist() == episodes["r"].tolist()
 
 
@@ -218,7 +219,7 @@ def test_train_another_algorithm(algorithm: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_tracking_by_weights_and_biases(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="an option of the Zoo that the user installs")
-    # `ENVIRONMENT` says that nothing goes over the net
+    # `ENVIRONMENT` makes it write to files only
     run("train", "--env", "CartPole-v1", "-n", "600", "--track", *SHORT, cwd=tmp_path)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert next(folder.glob("*.wandb")).stat().st_size > 1_000
@@ -272,10 +273,10 @@ def test_two_workers_finish_one_study(tmp_path: Path) -> None:
     assert all("Best trial:" in output for output in outputs)
     backend = optuna.storages.journal.JournalFileBackend(str(storage))
     study = optuna.load_study(study_name="pendulum", storage=optuna.storages.JournalStorage(backend))
-    # Each counts the running trials of the other, but the two can start their last ones at the same moment
+    # Each counts the running trials of the other, but both may start their last trial at the same moment
     assert 4 <= len(study.trials) <= 5
     assert {"use_sde", "log_std_init", "partial_episodes", "standardize_returns"} <= set(study.trials[0].params)
-    # Only reports: no empty run folder, which `enjoy` would take for the latest run
+    # Reports only. `enjoy` would take an empty run folder for the latest run
     assert {path.suffix for path in (tmp_path / "logs" / "episodic_a2c").iterdir()} == {".csv", ".pkl"}
 
     options = ("--storage", str(storage), "--study-name", "pendulum", "--trial-id", "0")
@@ -315,6 +316,17 @@ def test_register_twice_changes_nothing() -> None:
     assert {name: ALGOS[name] for name in ALGORITHMS} == ALGORITHMS
 
 
+def test_choices_of_standardisation_are_those_of_old_studies() -> None:
+    """Optuna refuses to go on with a study if the choices or their order have changed."""
+    trial = optuna.create_study().ask()
+    zoo.sample_params(trial, 0, 1, {})
+    choices = optuna.distributions.CategoricalDistribution(("running", "episode", "rollout", None))
+    assert trial.distributions["standardize_returns"] == choices
+    for name, has_units in {"running": True, "episode": False, "rollout": False, None: True}.items():
+        params = zoo.convert_params({**trial.params, "standardize_returns": name})
+        assert params["handle_timeout_termination"] == has_units
+
+
 SPACES = {"discrete": spaces.Discrete(5), "box": spaces.Box(-1.0, 1.0, (2,))}
 
 
@@ -332,7 +344,7 @@ def test_samples_are_arguments(algorithm: str, n_envs: int, space: str) -> None:
     for _ in range(6):
         trial = study.ask()
         arguments = HYPERPARAMS_SAMPLER[algorithm](trial, n_actions, n_envs, {})
-        # What is stored is enough to build the arguments again
+        # The stored parameters are enough to make the arguments again
         stored = ExperimentManager._preprocess_schedules(HYPERPARAMS_CONVERTER[algorithm](trial.params))
         for progress_remaining in (1.0, 0.25):
             schedules = [FloatSchedule(params["learning_rate"]) for params in (arguments, stored)]
@@ -381,7 +393,8 @@ def test_entries_train(name: str, env_id: str, tmp_path: Path) -> None:
     model, hyperparams = results
     model.learn(300)
     assert 300 <= model.num_timesteps < 300 + hyperparams.get("n_envs", 1)
-    model.env.close()  # type: ignore[union-attr]
+    assert model.env is not None
+    model.env.close()
 
 
 def test_mask_entry_trains() -> None:
@@ -419,7 +432,7 @@ def test_notebook_config_is_the_preset(env_id: str) -> None:
 
 
 def test_atari_entry_fits_the_algorithm() -> None:
-    """ale-py is no dependency: images of that shape are enough."""
+    """With images of that shape, as ale-py is no dependency."""
 
     class Images(gym.Env):
         observation_space = spaces.Box(0, 255, (84, 84, 4), np.uint8)
@@ -453,7 +466,7 @@ def test_the_users_arguments_win() -> None:
     assert defaults("train", ["--algo", "episodic_a2c_lstm"]) == ["--algo", "episodic_a2c", "--conf-file", config]
     assert defaults("train", ["--env", "X-v0", "--algo=ppo"]) == ["--algo", "episodic_a2c"]
     assert defaults("enjoy", []) == ["--algo", "episodic_a2c", "--folder", "logs"]
-    # Agents of its own algorithms are downloaded by the Zoo
+    # The Zoo downloads agents of its own algorithms
     assert defaults("enjoy", ["--algo", "ppo"]) == ["--algo", "episodic_a2c"]
     assert defaults("plot_from_file", ["-i", "x"]) == []
 
@@ -463,7 +476,8 @@ def test_wheel_and_sdist_hold_the_configs(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path)], cwd=CHECKOUT, check=True, capture_output=True
     )
-    names = {f"{name}.yml" for name in CONFIGS}
+    # The files name the measurements in RESULTS.md
+    names = {*(f"{name}.yml" for name in CONFIGS), "RESULTS.md"}
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         assert names == {Path(name).name for name in wheel.namelist() if name.startswith("sb3_episodic_a2c/zoo_configs/")}
         # Where `config_path` looks when the package is not in a checkout

@@ -1,9 +1,42 @@
 """
 RL Zoo (https://github.com/DLR-RM/rl-baselines3-zoo) with our algorithms registered: its scripts, our hyperparameters.
 
-The Zoo has no plugin hook: an algorithm exists in it once it is in the dict ``rl_zoo3.ALGOS``, and in two more dicts for its
-hyperparameter search. :func:`register` puts ours there, for people who drive the Zoo from Python. :func:`launch` is the
-command line.
+The Zoo has no plugin hook: it knows the algorithms in the dict ``rl_zoo3.ALGOS``, and searches the hyperparameters of those
+in two more dicts. :func:`register` puts ours there. :func:`launch` is the command line: all of the Zoo's flags work, and so do
+its own algorithms, with the Zoo's hyperparameters. To drive the Zoo from Python::
+
+    from rl_zoo3.exp_manager import ExperimentManager
+    from sb3_episodic_a2c.tools.zoo import config_path, register
+
+    register()
+    ExperimentManager(..., algo="episodic_a2c", config=str(config_path("episodic_a2c")))
+
+Several workers search hyperparameters together if each runs the same ``train -optimize --storage STORAGE --study-name NAME``.
+STORAGE is a file on a disk that they share (``x.log``, an Optuna journal) or a database (``postgresql://...``). Without
+``-optimize``, the same with ``--trial-id 17`` trains with the hyperparameters of trial 17.
+
+:func:`sb3_episodic_a2c.resume` goes on with a training of the Zoo, bit for bit and with its wrappers, if its hyperparameters
+have ``callback: {sb3_episodic_a2c.ResumableCheckpointCallback: {save_path: checkpoints}}``, with a folder for each run.
+
+Limits of the Zoo:
+
+- ``train -i`` counts env steps from 0 again, and takes only the parameters of a checkpoint. Hyperparameters in the config or
+  in ``-params`` win over those of the agent.
+- ``plot_from_file`` needs two evaluations and two runs of an algorithm. Its flags ``-r``, ``-vs`` and ``-iqm`` need rliable,
+  which is archived and needs pandas < 3, so it is not installed.
+- ``all_plots`` drops runs with fewer evaluations than the longest one: give all of them the same ``-n``.
+- The search samples networks with separate actor and critic, so it does not fit ``"SharedMlpPolicy"``.
+- ``--track`` needs ``pip install wandb``.
+- ``push_to_hub`` is broken in rl_zoo3 2.9.2, so the command line does not have it.
+
+Worked around in rl_zoo3 2.9.2:
+
+- It needs ``requests`` and ``pandas`` but does not declare them: our extra ``zoo`` does.
+- ``record_training`` and ``benchmark`` start child processes in which our algorithms are not registered.
+- ``-optimize`` leaves an empty run folder, in which ``enjoy`` finds no model.
+- ``--trial-id 0`` is ignored.
+- ``record_training`` fails with a relative ``-o``, and without ffmpeg on the PATH.
+- ``benchmark`` fails at its very end if the folder of its table is missing.
 """
 
 import argparse
@@ -26,6 +59,7 @@ from torch import nn
 
 import sb3_episodic_a2c
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C
+from sb3_episodic_a2c.returns import STANDARDIZATIONS
 
 if TYPE_CHECKING:
     import optuna
@@ -50,15 +84,18 @@ ACTIVATION_FNS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 def config_path(name: str) -> Path:
     """
     :param name: Zoo id of one of our algorithms, or ``"notebook"``
-    :return: Its file of hyperparameters, one entry an environment: in a wheel inside the package, in a checkout beside it
-    :raises ValueError: There is none of that name
+    :return: Its file of hyperparameters, one entry for each environment. In a wheel it is inside the package, in a checkout
+        beside it
+    :raises ValueError: There is no file of that name
     """
     package = Path(sb3_episodic_a2c.__file__).parent
     for folder in (package, package.parent):
         path = folder / "zoo_configs" / f"{name}.yml"
         if path.is_file():
             return path
-    raise ValueError(f"There is no zoo_configs/{name}.yml. Use one of {sorted([*ALGORITHMS, 'notebook'])}.")
+    raise ValueError(
+        f"`name` is {name!r}, but there is no zoo_configs/{name}.yml. Use one of {sorted([*ALGORITHMS, 'notebook'])}."
+    )
 
 
 # ------------------------------------------------------------------ registration
@@ -66,19 +103,18 @@ def config_path(name: str) -> Path:
 
 def register() -> None:
     """
-    Make RL Zoo know our algorithms, their samplers and their converters, and Gymnasium the environments that the Zoo adds.
-    Calling it again changes nothing.
+    Add our algorithms, their samplers and their converters to RL Zoo, and the Zoo's environments to Gymnasium.
 
-    Call it in every process that uses them, before the Zoo parses arguments. Hyperparameters are still read from the file that
-    the Zoo is told: ``config=str(config_path("episodic_a2c"))``.
+    Call it once in every process that uses them, before the Zoo parses arguments. A second call changes nothing. The Zoo still
+    reads hyperparameters from the file it is given: ``config=str(config_path("episodic_a2c"))``.
 
     :raises ImportError: RL Zoo is not installed
     """
-    import rl_zoo3.import_envs  # noqa: F401  # such as CartPoleNoVel-v1, and those of packages that are installed
+    import rl_zoo3.import_envs  # noqa: F401  # registers CartPoleNoVel-v1 and others, and those of installed packages
     from rl_zoo3 import ALGOS
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
-    # In place: other modules of the Zoo have imported these very objects by name
+    # In place, as other modules of the Zoo have imported these objects by name
     ALGOS.update(ALGORITHMS)
     HYPERPARAMS_SAMPLER.update(
         {"episodic_a2c": sample_params, "episodic_a2c_mask": sample_params, "episodic_a2c_lstm": sample_lstm_params}
@@ -97,14 +133,17 @@ def algorithms() -> dict[str, type[BaseAlgorithm]]:
 
 
 def experiment_manager_class() -> type[Any]:
-    """RL Zoo's ``ExperimentManager``, with upstream bugs worked around."""
+    """RL Zoo's ``ExperimentManager`` with workarounds, see :func:`fix_experiment_manager`."""
     from rl_zoo3.exp_manager import ExperimentManager
 
     return fix_experiment_manager(ExperimentManager)
 
 
 def evaluate_kwargs(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
-    """Keyword arguments from a config, where they may be a text, which the Zoo evaluates in the module of its manager."""
+    """
+    :param kwargs: Keyword arguments as a config has them, maybe as Python code in a string
+    :return: The arguments. Code is evaluated as the Zoo does it, in the module of its manager
+    """
     if isinstance(kwargs, str):
         return dict(eval(kwargs, vars(importlib.import_module("rl_zoo3.exp_manager"))))
     return dict(kwargs or {})
@@ -117,7 +156,8 @@ def sample_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional
     """
     Sample hyperparameters of :class:`EpisodicA2C` or :class:`MaskableEpisodicA2C`.
 
-    The number of environments and their wrappers are not searched: the Zoo takes them from the config (``-params n_envs:8``).
+    The number of environments and their wrappers are not searched: the Zoo takes them from the config, or from
+    ``-params n_envs:8 normalize:...``.
 
     :param trial: Where they are drawn from
     :param n_actions: Dimension of a Box action space, 0 for any other
@@ -145,12 +185,12 @@ def _suggest(trial: "optuna.Trial", n_actions: int, n_envs: int) -> dict[str, An
         "lr_schedule": trial.suggest_categorical("lr_schedule", ["constant", "linear"]),
         # 1, 2, 4 or 8
         "n_episodes_pow": trial.suggest_int("n_episodes_pow", 0, 3),
-        "standardize_returns": trial.suggest_categorical("standardize_returns", ["running", "episode", "rollout", None]),
+        "standardize_returns": trial.suggest_categorical("standardize_returns", list(STANDARDIZATIONS)),
         "ent_coef": trial.suggest_float("ent_coef", 1e-8, 0.1, log=True),
         "vf_coef": trial.suggest_float("vf_coef", 0.1, 2.0, log=True),
         "huber_delta": trial.suggest_categorical("huber_delta", [0.3, 1.0, 10.0]),
-        # The gradient is a sum over all transitions, so the values are larger than A2C's. Under Adam, one that always clips
-        # gives every update the same weight, however long its episodes
+        # The gradient is a sum over all transitions, so the values are larger than A2C's. If every update is clipped, Adam
+        # gives all the same weight, however long their episodes
         "max_grad_norm": trial.suggest_categorical("max_grad_norm", [None, 1.0, 10.0, 100.0]),
         "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS)),
         "activation_fn": trial.suggest_categorical("activation_fn", list(ACTIVATION_FNS)),
@@ -161,7 +201,7 @@ def _suggest(trial: "optuna.Trial", n_actions: int, n_envs: int) -> dict[str, An
         sampled_params["use_sde"] = trial.suggest_categorical("use_sde", [False, True])
         sampled_params["sde_sample_freq"] = trial.suggest_categorical("sde_sample_freq", [-1, 4, 8, 16, 64])
         sampled_params["log_std_init"] = trial.suggest_float("log_std_init", -2.0, 1.0)
-    # Display true values
+    # The Zoo displays these instead of the transformed values
     trial.set_user_attr("gamma", 1 - sampled_params["one_minus_gamma"])
     trial.set_user_attr("n_episodes", 2 ** sampled_params["n_episodes_pow"])
     return sampled_params
@@ -170,7 +210,7 @@ def _suggest(trial: "optuna.Trial", n_actions: int, n_envs: int) -> dict[str, An
 def convert_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
     :param sampled_params: What a trial stores
-    :return: Hyperparameters as they stand in a config: arguments of the constructor, but for the learning rate, where the
+    :return: Hyperparameters as they stand in a config: arguments of the constructor, except for the learning rate, where the
         Zoo turns ``"lin_0.003"`` into a schedule
     """
     params = dict(sampled_params)
@@ -178,8 +218,8 @@ def convert_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         params["learning_rate"] = f"lin_{params['learning_rate']}"
     params["gamma"] = 1 - params.pop("one_minus_gamma")
     params["n_episodes"] = 2 ** params.pop("n_episodes_pow")
-    # The critic needs units for the value at a time limit
-    params["handle_timeout_termination"] = params["standardize_returns"] in ("running", None)
+    # A value at a time limit needs a critic that has units
+    params["handle_timeout_termination"] = STANDARDIZATIONS[params["standardize_returns"]].has_units
     net_arch = NET_ARCHS[params.pop("net_arch")]
     policy_kwargs = {
         "net_arch": {"pi": list(net_arch), "vf": list(net_arch)},
@@ -192,7 +232,7 @@ def convert_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(sampled_params: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the constructor: in a search, unlike everywhere else, the Zoo makes no schedules."""
+    """Arguments of the constructor. In a search the Zoo makes no schedules, so they are made here."""
     arguments = convert_params(sampled_params)
     if sampled_params["lr_schedule"] == "linear":
         arguments["learning_rate"] = LinearSchedule(sampled_params["learning_rate"], 0.0, 1.0)
@@ -207,12 +247,12 @@ def launch(command: str, arguments: list[str]) -> None:
     Run a script of RL Zoo with our algorithms registered.
 
     :param command: Name of the script
-    :param arguments: Its arguments, every one of which it is given. Ours come before them, so that the user's win
+    :param arguments: The user's arguments. All are passed on, after our defaults, so that the user's win
     :raises ImportError: The extra ``zoo`` is not installed
     """
     register()
     if command == "record_training":
-        # ffmpeg looks for the videos that upstream lists in a file relative to that file, so a relative folder finds none
+        # Upstream lists the videos in a file. ffmpeg looks for them relative to that file, so a relative folder finds none
         output_folder = _given(arguments, "-o", "--output-folder")
         arguments = [*arguments, "--output-folder", os.path.abspath(output_folder)] if output_folder else arguments
     with contextlib.ExitStack() as stack:
@@ -230,14 +270,14 @@ def launch(command: str, arguments: list[str]) -> None:
             if command == "record_training":
                 stack.enter_context(_ffmpeg_on_path())
             elif command == "benchmark":
-                # It writes its table there, and fails at the very end if the folder is missing
+                # It writes its table there at its very end, and fails if the folder is missing
                 os.makedirs(_given(arguments, "--benchmark-dir") or "logs/benchmark/", exist_ok=True)
-            # These scripts are all main guard, or have not even that
+            # These scripts have all their code below the main guard, or have no guard, so there is no function to call
             runpy.run_module(f"rl_zoo3.{command}", run_name="__main__")
 
 
 def _default_arguments(command: str, arguments: list[str]) -> list[str]:
-    """Our default algorithm and its hyperparameters; and where the Zoo's ``train`` writes is where the others look."""
+    """Our default algorithm and its hyperparameters, and for the other scripts the folder in which ``train`` writes."""
     if command == "plot_from_file":
         return []
     if command == "benchmark":
@@ -249,13 +289,13 @@ def _default_arguments(command: str, arguments: list[str]) -> list[str]:
     algorithm = _given(arguments, "--algo") or DEFAULT_ALGORITHM
     defaults = ["--algo", DEFAULT_ALGORITHM]
     if algorithm in ALGORITHMS:
-        # Of its own algorithms, the Zoo has hyperparameters, and trained agents to download
+        # For its own algorithms, the Zoo has hyperparameters, and trained agents to download
         defaults += ["--conf-file", str(config_path(algorithm))] if command == "train" else ["--folder", LOG_FOLDER]
     return defaults
 
 
 def _given(arguments: list[str], *names: str) -> str | None:
-    """What the user has given for one of the Zoo's options, which the Zoo will parse again."""
+    """The user's value of one of the Zoo's options. The Zoo parses it again."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(*names, dest="value")
     return parser.parse_known_args(arguments)[0].value
@@ -264,15 +304,15 @@ def _given(arguments: list[str], *names: str) -> str | None:
 def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
     """
     :param experiment_manager: ``rl_zoo3.exp_manager.ExperimentManager``
-    :return: It, with two upstream bugs worked around
+    :return: A subclass that works around two upstream bugs
     """
 
     class ExperimentManager(experiment_manager):
         custom_hyperparams: dict[str, Any] | None
 
         def create_log_folder(self) -> None:
-            # Upstream makes a run folder, with a Monitor file in it, for a hyperparameter search too, which is never used:
-            # `enjoy` then takes it for the latest run and finds no model in it
+            # Upstream makes a run folder with a Monitor file for a hyperparameter search, which never uses it. `enjoy` then
+            # takes it for the latest run and finds no model in it
             if not self.optimize_hyperparameters:
                 super().create_log_folder()
 
@@ -297,7 +337,7 @@ def _call_our_launcher(command: Any, *args: Any, **kwargs: Any) -> int:
     ``subprocess.call`` for the Zoo's scripts that start others.
 
     ``record_training`` starts ``python -m rl_zoo3.record_video``, where our algorithms are not registered, and ``benchmark``
-    starts ``python enjoy.py``, which only a checkout of the Zoo has. ``python`` may not be the interpreter that runs this.
+    starts ``python enjoy.py``, which only a checkout of the Zoo has. And ``python`` may be another interpreter than this one.
     """
     for script, start in {"record_video": ["python", "-m", "rl_zoo3.record_video"], "enjoy": ["python", "enjoy.py"]}.items():
         if isinstance(command, list) and command[: len(start)] == start:
@@ -324,7 +364,7 @@ def _ffmpeg_on_path() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replaced(target: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute for the time of a ``with`` block."""
+    """Replace an attribute within a ``with`` block."""
     original = getattr(target, name)
     setattr(target, name, value)
     try:
