@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_episodic_a2c import EpisodicA2C, ResumableCheckpointCallback, notebook_preset, resume
 from sb3_episodic_a2c.callbacks import EpisodeProgressCallback, SolvedAt, StopTrainingOnSolved
-from sb3_episodic_a2c.files import atomic_write
+from sb3_episodic_a2c.guards.files import atomic_write
 from sb3_episodic_a2c.tools.record import record_gif, without_images
 
 try:

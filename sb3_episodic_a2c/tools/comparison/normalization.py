@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pandas as pd
 
-from sb3_episodic_a2c.files import atomic_write
+from sb3_episodic_a2c.guards.files import atomic_write
 from sb3_episodic_a2c.tools.comparison.cells import EVAL_SEED, Cell
 
 RANDOM_EPISODES = 100

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from sb3_episodic_a2c.files import atomic_write
+from sb3_episodic_a2c.guards.files import atomic_write
 from sb3_episodic_a2c.tools.comparison.cells import Cell, finished_results, one_per_pair, seeds_by_env, versions
 from sb3_episodic_a2c.tools.comparison.fairness import (
     code_notes,

@@ -32,7 +32,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
 
 from sb3_episodic_a2c import MaskableEpisodicA2C
-from sb3_episodic_a2c.files import atomic_write
+from sb3_episodic_a2c.guards.files import atomic_write
 from sb3_episodic_a2c.tools.comparison.cells import (
     CELL_FILE,
     UNFINISHED_FOLDER,
