@@ -684,8 +684,7 @@ def test_learn_in_calls_shorter_than_an_episode(algorithm, partial_episodes):
         model.learn(5, callback=callback, reset_num_timesteps=False)
         assert model._n_updates == n_calls // 2
         if n_calls % 2 == 0:
-            name = "stale_fraction" if partial_episodes == "carry" else "unused_fraction"
-            assert getattr(model.rollout_buffer, name) == 0
+            assert model.rollout_buffer.selection.fraction(model.rollout_buffer.counts()) == 0
     assert callback.stored == callback.made()
     assert env.envs[0].unwrapped.n_resets == 3
 
