@@ -89,6 +89,15 @@ def check_finite(numbers: Array) -> Array:
     return numbers
 
 
+def action_bounds(space: spaces.Space) -> tuple[Array, Array] | None:
+    """
+    :param space: An action space
+    :return: Low and high of a Box, ``(1, *action_shape)`` each, as NumPy is twice as slow where numbers of dimensions differ;
+        None for other spaces
+    """
+    return (space.low[None], space.high[None]) if isinstance(space, spaces.Box) else None
+
+
 def to_env_actions(actions: Array, policy: ActorCriticPolicy, bounds: tuple[Array, Array] | None) -> Array:
     """
     The actions, as sampled from the distribution, that an environment accepts.

@@ -2,37 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer
 
-from sb3_episodic_a2c.returns import ReturnStatistics, discounted_returns
-from sb3_episodic_a2c.samples import EpisodicRolloutBufferSamples
+from sb3_episodic_a2c.returns import EPSILON, ReturnStatistics, discounted_returns, generalized_advantages, unstandardize
+from sb3_episodic_a2c.samples import EpisodeSegment, EpisodicRolloutBufferSamples, RunningEpisodes, cut_episodes
 from sb3_episodic_a2c.selection import TakeFinished, TransitionCounts
 
-
-class EpisodeSegment(NamedTuple):
-    """A complete episode: the rows ``first_row`` (included) to ``end_row`` (excluded) of the column ``env_index``."""
-
-    env_index: int
-    first_row: int
-    end_row: int
-    terminal_value: float
-    """Value of the state after the last step, in reward units: 0 unless a time limit cut the episode."""
-
-
-class RunningEpisodes(NamedTuple):
-    """What running episodes have seen so far."""
-
-    env_indices: np.ndarray
-    """``(n_episodes,)`` their columns."""
-    observations: th.Tensor | dict[str, th.Tensor]
-    """``(n_transitions, *obs_shape)``, the episodes concatenated, or a dict of such tensors."""
-    episode_lengths: np.ndarray
-    """``(n_episodes,)`` their steps so far, >= 1."""
+Evaluate = Callable[[bool], tuple[np.ndarray, np.ndarray]]
+"""``with_log_probs -> (values, log_probs)`` of the available transitions, ``(n_transitions,)`` each."""
 
 
 class EpisodicRolloutBuffer(BaseBuffer):
@@ -46,8 +28,9 @@ class EpisodicRolloutBuffer(BaseBuffer):
 
     While episodes are available (``full``), the buffer reads as SB3's ``RolloutBuffer`` of ``pos`` steps of ONE environment,
     the episodes concatenated: ``observations`` ``(pos, 1, *obs_shape)``, ``actions`` ``(pos, 1, action_dim)``,
-    and ``rewards``, ``episode_starts``, ``returns``, ``values``, ``log_probs``, ``advantages`` ``(pos, 1)``. All but
-    ``returns`` are copies made on access. ``returns``, ``values`` and ``advantages`` are in the units that are trained on.
+    and ``rewards``, ``episode_starts``, ``returns``, ``values``, ``log_probs``, ``advantages`` ``(pos, 1)``. ``returns``,
+    ``values`` and ``advantages`` are in the units that are trained on. What a callback writes into ``returns`` or
+    ``advantages`` is trained on. The others are copies that cannot be written to, as that would have no effect.
 
     Which finished episodes are kept, and when a rollout is complete, is for ``selection`` to say.
 
@@ -113,8 +96,20 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self.returns = np.zeros((0, 1), dtype=np.float32)
         self._indices = np.zeros(0, dtype=np.int64)
         self._evaluations: tuple[np.ndarray, np.ndarray] | None = None
-        self._evaluate: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
+        self._evaluate: Evaluate | None = None
+        self._units = ReturnStatistics()
+        self._advantages: np.ndarray | None = None
+        self._computed_advantages: np.ndarray | None = None
+        self._gamma, self._gae_lambda = 1.0, 1.0
         self.next_statistics: ReturnStatistics | None = None
+
+    def drop_heads(self, episode_starts: np.ndarray) -> None:
+        """
+        Forget what the running episodes have collected where an environment was reset from outside.
+
+        :param episode_starts: ``(n_envs,)`` bool: whether the next step is the first of an episode
+        """
+        self._first_rows[np.flatnonzero(episode_starts)] = self._row
 
     def start_rollout(self) -> None:
         """
@@ -159,8 +154,8 @@ class EpisodicRolloutBuffer(BaseBuffer):
         if len(policy_inputs) != self._n_policy_inputs:
             raise ValueError(
                 f"`policy_inputs` are {sorted(policy_inputs)}, but were {self._keys('policy_inputs')} at earlier steps of "
-                "episodes that are still running. Change what the policy is given, e.g. by `use_masking`, between two trainings "
-                "only: call `learn` with reset_num_timesteps=True, which starts fresh episodes."
+                "episodes that are still running. Change what the policy is given, e.g. by `use_masking`, between two "
+                "trainings only: call `learn` with reset_num_timesteps=True, which starts fresh episodes."
             )
         if self._is_dict:
             for key, observation in observations.items():  # type: ignore[union-attr]
@@ -343,16 +338,19 @@ class EpisodicRolloutBuffer(BaseBuffer):
     def finish_rollout(
         self,
         returns: np.ndarray,
-        evaluate: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
+        evaluate: Evaluate | None = None,
         next_statistics: ReturnStatistics | None = None,
+        gamma: float = 1.0,
+        gae_lambda: float = 1.0,
     ) -> None:
         """
         Make the complete episodes available for training.
 
         :param returns: ``(n_transitions,)`` targets to train on, the episodes concatenated
-        :param evaluate: Computes the values and log-probabilities ``(n_transitions,)`` of these transitions.
-            Only called if a callback reads them before training does
+        :param evaluate: Computes what training would compute of these transitions. Only called if it is read before
         :param next_statistics: The units of the targets, which the update will give to the critic
+        :param gamma: Discount factor of generalized advantages
+        :param gae_lambda: See :func:`~sb3_episodic_a2c.returns.generalized_advantages`
         """
         self.returns = returns.astype(np.float32).reshape(-1, 1)
         self.pos = len(returns)
@@ -360,7 +358,9 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self._indices = self._flat_indices(episode[:3] for episode in self.episodes)
         self._evaluations = None
         self._evaluate = evaluate
+        self._units = next_statistics or ReturnStatistics()
         self.next_statistics = next_statistics
+        self._gamma, self._gae_lambda = gamma, gae_lambda
 
     def set_evaluations(self, values: np.ndarray, log_probs: np.ndarray) -> None:
         """
@@ -390,8 +390,11 @@ class EpisodicRolloutBuffer(BaseBuffer):
         return {**self.__dict__, "_evaluate": None, "_rows": rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Checkpoints of version 0.1 have neither
-        self.__dict__.update({"selection": TakeFinished(state["n_envs"]), "next_statistics": None, **state})
+        # What checkpoints of version 0.1 do not have
+        self.__dict__.update({"selection": TakeFinished(state["n_envs"]), "next_statistics": None})
+        self.__dict__.update({"_advantages": None, "_computed_advantages": None, "_gamma": 1.0, "_gae_lambda": 1.0})
+        self._units = ReturnStatistics()
+        self.__dict__.update(state)
         self._views = {}
         for name, array in self._rows.items():
             self._rows[name] = np.empty((self.buffer_size, *array.shape[1:]), dtype=array.dtype)
@@ -412,7 +415,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         """
         if self.pos == 0:
             return
-        for batch, episode_lengths in _cut(self.episode_lengths, batch_size, whole_episodes):
+        for batch, episode_lengths in cut_episodes(self.episode_lengths, batch_size, whole_episodes):
             yield self._get_samples(batch, episode_lengths)
 
     def get_running(self, batch_size: int | None = None) -> Iterator[RunningEpisodes]:
@@ -429,7 +432,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
             return
         indices = self._flat_indices((int(index), int(self._first_rows[index]), self._row) for index in env_indices)
         first = 0
-        for batch, episode_lengths in _cut(self.running_steps[env_indices], batch_size, whole_episodes=True):
+        for batch, episode_lengths in cut_episodes(self.running_steps[env_indices], batch_size, whole_episodes=True):
             last = first + len(episode_lengths)
             yield RunningEpisodes(env_indices[first:last], self._observation_tensors(indices[batch]), episode_lengths)
             first = last
@@ -474,12 +477,12 @@ class EpisodicRolloutBuffer(BaseBuffer):
     # ------------------------------------------------------------------ as SB3's RolloutBuffer reads
 
     def _copy_of(self, name: str) -> np.ndarray:
-        """A copy ``(pos, 1, ...)``, which the next rollout does not overwrite."""
+        """A copy ``(pos, 1, ...)``, which the next rollout does not overwrite. Read-only: writing would have no effect."""
         if name not in self._rows:
             raise ValueError(
                 f"The rollout buffer holds no {name!r} yet: read it in `on_rollout_end`, or after a step was made."
             )
-        return np.array(self._gather(name, self._indices))[:, None]
+        return _read_only(np.array(self._gather(name, self._indices))[:, None])
 
     @property
     def observations(self) -> np.ndarray | dict[str, np.ndarray]:
@@ -505,50 +508,79 @@ class EpisodicRolloutBuffer(BaseBuffer):
         if self.full and self.episodes:
             lengths = self.episode_lengths
             starts[np.cumsum(lengths) - lengths] = 1.0
-        return starts
+        return _read_only(starts)
 
     def _get_evaluations(self) -> tuple[np.ndarray, np.ndarray]:
         if self._evaluations is None:
-            self._evaluations = self._evaluate() if self._evaluate and self.pos else (np.zeros(0), np.zeros(0))
+            self._evaluations = self._evaluate(True) if self._evaluate and self.pos else (np.zeros(0), np.zeros(0))
         return self._evaluations
 
     @property
     def values(self) -> np.ndarray:
         """``(pos, 1)`` predicted values, in the units of ``returns``."""
-        return self._get_evaluations()[0].astype(np.float32).reshape(-1, 1)
+        return _read_only(self._get_evaluations()[0].astype(np.float32).reshape(-1, 1))
 
     @property
     def log_probs(self) -> np.ndarray:
         """``(pos, 1)`` log-probabilities of the actions."""
-        return self._get_evaluations()[1].astype(np.float32).reshape(-1, 1)
+        return _read_only(self._get_evaluations()[1].astype(np.float32).reshape(-1, 1))
 
     @property
     def advantages(self) -> np.ndarray:
-        """``(pos, 1)``: ``returns - values``."""
-        return self.returns - self.values
+        """``(pos, 1)``, in the units of ``returns``: generalized advantages, or with ``gae_lambda=1`` ``returns - values``."""
+        if self._advantages is None:
+            evaluations = self._evaluations
+            if evaluations is None and self._evaluate and self.pos:
+                evaluations = self._evaluate(False)
+            values = np.zeros(0, np.float32) if evaluations is None else evaluations[0]
+            self._advantages = self._compute_advantages(values)[:, None]
+            self._computed_advantages = self._advantages.copy()
+        return self._advantages
+
+    @advantages.setter
+    def advantages(self, advantages: np.ndarray) -> None:
+        array = np.array(advantages, dtype=np.float32)
+        if array.size != self.pos or not np.isfinite(array).all():
+            raise ValueError(
+                f"`advantages` has the shape {array.shape} and the sum {array.sum()}, but there are {self.pos} transitions. "
+                f"It must have one finite number for each, {(self.pos, 1)}: set it in `on_rollout_end`."
+            )
+        self._advantages, self._computed_advantages = array.reshape(-1, 1), None
+
+    def given_advantages(self) -> np.ndarray | None:
+        """
+        Advantages that do not follow from the values that training computes anyway.
+
+        :return: ``(n_transitions,)`` float32: those that a callback has written, or generalized ones; otherwise None
+        """
+        is_written = self._advantages is not None and (
+            self._computed_advantages is None or not np.array_equal(self._advantages, self._computed_advantages)
+        )
+        return self.advantages[:, 0] if is_written or self._gae_lambda < 1 else None
+
+    def _compute_advantages(self, values: np.ndarray) -> np.ndarray:
+        """From values ``(n_transitions,)`` in the units of ``returns``."""
+        if self._gae_lambda == 1 or not len(values):
+            return self.returns[:, 0] - values
+        mean, std = self._units.mean, self._units.std
+        has_statistics = self._units.count > 0
+        raw_values = unstandardize(values.astype(np.float64), mean, std) if has_statistics else values
+        rewards = self._rows["rewards"]
+        parts = np.split(raw_values, np.cumsum(self.episode_lengths)[:-1])
+        advantages = [
+            generalized_advantages(
+                rewards[episode.first_row : episode.end_row, episode.env_index],
+                part,
+                self._gamma,
+                self._gae_lambda,
+                episode.terminal_value,
+            )
+            for episode, part in zip(self.episodes, parts, strict=True)
+        ]
+        scale = std + EPSILON if has_statistics else 1.0
+        return (np.concatenate(advantages) / scale).astype(np.float32)
 
 
-def _cut(episode_lengths: np.ndarray, batch_size: int | None, whole_episodes: bool) -> Iterator[tuple[slice, np.ndarray]]:
-    """
-    Cut concatenated episodes into batches.
-
-    :param episode_lengths: ``(n_episodes,)`` lengths >= 1
-    :param batch_size: The most transitions in a batch; None for all of them
-    :param whole_episodes: Whether to cut between episodes only. One longer than ``batch_size`` is then a batch of its own
-    :return: The transitions of each batch, and the lengths of the episodes, or pieces of them, that it consists of
-    """
-    episode_ends = episode_lengths.cumsum()
-    n_transitions = int(episode_ends[-1])
-    if not batch_size or batch_size >= n_transitions:
-        yield slice(0, n_transitions), episode_lengths
-        return
-    start = 0
-    while start < n_transitions:
-        end = min(start + batch_size, n_transitions)
-        if whole_episodes:
-            # The last episode that fits, or the first one if none does
-            n_fitting = np.searchsorted(episode_ends, end, side="right")
-            end = int(episode_ends[max(n_fitting - 1, np.searchsorted(episode_ends, start, side="right"))])
-        cuts = episode_ends[(episode_ends > start) & (episode_ends < end)]
-        yield slice(start, end), np.diff([start, *cuts, end])
-        start = end
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array

@@ -28,28 +28,32 @@ from sb3_episodic_a2c.episodic_a2c import EpisodicA2C
 from sb3_episodic_a2c.guards.files import atomic_write
 
 TRAINING_MEMBER = "resume/training.pkl"
-"""Member of the zip with what SB3's save leaves out and every environment can go on with."""
+"""Member of the zip: what SB3's ``save`` leaves out, apart from the environments."""
 EPISODES_MEMBER = "resume/episodes.pkl"
-"""Member of the zip with the environments and their episodes in flight. Missing where they cannot be pickled."""
+"""Member of the zip: the environments and their running episodes. Missing if they cannot be pickled."""
+
+IN_FLIGHT = ("rollout_buffer", "_last_obs", "_last_episode_starts", "_last_original_obs")
+"""Attributes of a model that belong to unfinished episodes, and are of no use without their environments."""
 
 STATISTICS = ("obs_rms", "ret_rms")
-"""What VecNormalize has learnt."""
+"""The running statistics of VecNormalize."""
 
 
 def save_checkpoint(model: EpisodicA2C, path: str | Path) -> None:
     """
-    Write all that the future of a training depends on, as a file that is there whole or not at all.
+    Write everything that the rest of a training depends on, atomically.
 
-    It is the zip of ``model.save`` with two more members, so ``EpisodicA2C.load`` reads it as well: the random states of
-    Python, NumPy, torch and the actor, and the environments with their wrappers and their unfinished episodes. Those that
-    cannot be pickled (in processes of their own, with C++ objects or open windows) are left out, with a warning.
+    The file is the zip of ``model.save`` with two more members, so ``EpisodicA2C.load`` reads it as well. They hold the random
+    states of Python, NumPy, torch and the actor, and the environments with their wrappers (``Monitor``, ``VecMonitor``,
+    ``VecNormalize``) and their running episodes. Environments that cannot be pickled (those in worker processes, with C++
+    objects or with open windows) are left out, with a warning; the statistics of ``VecNormalize`` are saved all the same.
 
-    Call it between two calls of ``learn``, or in a callback's ``_on_rollout_start``; in the midst of a rollout the step being
-    made would be lost.
+    Call it between two calls of ``learn``, or in a callback's ``_on_rollout_start``. During a rollout, the current step would
+    be lost.
 
     :param model: The model
     :param path: Where to write it; ``.zip`` is added if there is no suffix
-    :raises OSError: The disk is full, or the folder cannot be written to. A file that was there before is unharmed
+    :raises OSError: The disk is full, or the folder cannot be written to. An earlier file at ``path`` is unharmed
     """
     reason = _write(model, Path(path))
     if reason is not None:
@@ -58,8 +62,8 @@ def save_checkpoint(model: EpisodicA2C, path: str | Path) -> None:
 
 def _warn_of_fresh_episodes(reason: str) -> None:
     warnings.warn(
-        f"The environments cannot be part of the checkpoint ({reason}). All else is: training will go on from it with fresh "
-        "episodes, in environments that you give to `resume` or `load_checkpoint` as `env`.",
+        f"The environments cannot be part of the checkpoint ({reason}). Everything else is saved. To go on from it, pass `env` "
+        "to `resume` or `load_checkpoint`: training continues there with new episodes.",
         UserWarning,
         stacklevel=3,
     )
@@ -80,14 +84,14 @@ def _write(model: EpisodicA2C, path: Path) -> str | None:
     episodes, reason = None, None
     if model.env is not None:
         try:
-            names = ["env", "observation_space", "action_space", *model._in_flight_params()]
+            names = ["env", "observation_space", "action_space", *IN_FLIGHT]
             episodes = _pickle({name: getattr(model, name) for name in names}, model.device)
         except Exception as error:
-            # Whatever the pickling of somebody's environment may raise
+            # Pickling a user's environment may raise anything
             reason = f"{type(error).__name__}: {error}"
     try:
         with atomic_write(_with_suffix(path)) as file:
-            model.save(file)  # type: ignore[arg-type]  # BinaryIO is one for all that SB3 does
+            model.save(file)  # type: ignore[arg-type]  # SB3 only calls what BinaryIO has
             with zipfile.ZipFile(file, mode="a") as archive:
                 archive.writestr(TRAINING_MEMBER, _pickle(training, model.device))
                 if episodes is not None:
@@ -105,20 +109,26 @@ def load_checkpoint(
     path: str | Path, env: GymEnv | None = None, device: th.device | str = "auto", **kwargs: Any
 ) -> EpisodicA2C:
     """
-    Load what :func:`save_checkpoint` wrote, and put the random states of Python, NumPy and torch back.
+    Load what :func:`save_checkpoint` wrote, and restore the random states of Python, NumPy and torch.
 
-    ``model.learn(total_timesteps - model.num_timesteps, reset_num_timesteps=False)`` then goes on as the training that it was
-    taken from would have: bit for bit, on the same machine and versions.
+    ``model.learn(total_timesteps - model.num_timesteps, reset_num_timesteps=False)`` then goes on as the uninterrupted
+    training would have: bit for bit, on the same machine, with the same versions and the same ``device``.
 
-    Loading executes code from the file, as all unpickling does: load none that you do not trust.
+    A ``Monitor`` continues its log file where it was at the checkpoint. If the file has lost its end since (the machine
+    crashed), it continues after the last whole row, with a warning.
+
+    Loading is unpickling, which executes code from the file. From a file that you do not trust, take the parameters alone::
+
+        with zipfile.ZipFile("model.zip") as archive, archive.open("policy.pth") as file:
+            model.policy.load_state_dict(torch.load(file, weights_only=True))
 
     :param path: The file, with or without its ``.zip``
     :param env: Environments to go on with instead of those in the checkpoint. They get its ``VecNormalize`` statistics, and
-        start with fresh episodes
-    :param device: Device on which the model should be
+        start with new episodes
+    :param device: Device of the model
     :param kwargs: Further arguments of ``EpisodicA2C.load``
     :return: The model, of the class that was saved
-    :raises ValueError: The file is damaged or no checkpoint, or the spaces of ``env`` are not those of the model
+    :raises ValueError: The file is damaged or not a checkpoint, or ``env`` has other spaces than the model
     """
     path = Path(path)
     if not path.exists():
@@ -137,23 +147,24 @@ def load_checkpoint(
         model.rollout_buffer.device = model.device
     else:
         model._last_obs = None
-        warnings.warn(f"{path} holds no environments: pass `env` to train on, with fresh episodes.", UserWarning, stacklevel=2)
+        warnings.warn(f"{path} holds no environments: pass `env` to train on, with new episodes.", UserWarning, stacklevel=2)
     _set_random_states(model, training["random_states"])
     return model
 
 
 def _prepare(model: EpisodicA2C, training: dict[str, Any]) -> None:
-    """Make other environments ready to go on with."""
+    """Give other environments the checkpoint's VecNormalize statistics, and seed them."""
     vec_normalize, statistics = model.get_vec_normalize_env(), training["vec_normalize"]
     if (vec_normalize is None) != (statistics is None):
         raise ValueError(
             f"`env` is {'not ' if vec_normalize is None else ''}wrapped in VecNormalize, the environments of the checkpoint "
-            f"were{'' if vec_normalize is None else ' not'}: the model would see other numbers than it was trained on."
+            f"were{'' if vec_normalize is None else ' not'}: the model would see other numbers than it was trained on. "
+            f"{'Wrap `env` in VecNormalize' if vec_normalize is None else 'Pass the environments without VecNormalize'}."
         )
     for name, value in (statistics or {}).items():
         setattr(vec_normalize, name, value)
     if model.seed is not None:
-        # Loading has seeded them as the first time: every resumed training would play the very same episodes again
+        # Loading seeds them as at the first start: every resumed training would play the same episodes again
         seed = np.random.SeedSequence([model.seed, model.num_timesteps]).generate_state(1)[0]
         assert model.env is not None
         model.env.seed(int(seed) // 2)
@@ -161,11 +172,11 @@ def _prepare(model: EpisodicA2C, training: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, bytes]:
     """
-    Read the members that SB3 does not know, once all members agree with their checksums.
+    Read the members that SB3 does not know, after a check of all checksums.
 
-    :raises ValueError: The file is damaged, or no checkpoint
+    :raises ValueError: The file is damaged, or not a checkpoint
     """
-    # What this raises is no damage: the file is missing, or may not be read
+    # Errors of `open` are passed on: a missing or unreadable file is not damaged
     with path.open("rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
@@ -175,14 +186,14 @@ def _read(path: Path) -> dict[str, bytes]:
                 names = set(archive.namelist())
                 members = {name: archive.read(name) for name in (TRAINING_MEMBER, EPISODES_MEMBER) if name in names}
         except Exception as error:
-            # A wrong bit beside the members makes them, say, compressed or encrypted, which fails in a way of its own each
+            # A wrong bit in the zip's directory may mark a member as, say, encrypted: there are many types of errors
             raise ValueError(
-                f"{path} is damaged: {error}. `resume` finds the newest checkpoint of a folder that is not."
+                f"{path} is damaged: {error}. `resume` loads the newest undamaged checkpoint of a folder."
             ) from error
     if TRAINING_MEMBER not in members:
         raise ValueError(
-            f"{path} is no checkpoint: `save_checkpoint` or ResumableCheckpointCallback write them. "
-            "A zip of `model.save` is loaded by the `load` of its algorithm."
+            f"{path} is no checkpoint: these are written by `save_checkpoint` or ResumableCheckpointCallback. "
+            "Load a zip of `model.save` with the `load` of its algorithm."
         )
     return members
 
@@ -205,9 +216,9 @@ def resume(
     **kwargs: Any,
 ) -> EpisodicA2C | None:
     """
-    Load the newest good checkpoint that a :class:`ResumableCheckpointCallback` has left in a folder.
+    Load the newest undamaged checkpoint of a :class:`ResumableCheckpointCallback`.
 
-    One script for the first start and for every later one::
+    A damaged file is passed over, with a warning. One script for the first start and for every later one::
 
         model = resume("checkpoints") or EpisodicA2C("MlpPolicy", "CartPole-v1", seed=0)
         model.learn(
@@ -218,8 +229,8 @@ def resume(
 
     :param folder: ``save_path`` of the callback
     :param env: As in :func:`load_checkpoint`
-    :param device: Device on which the model should be
-    :param name_prefix: As that of the callback
+    :param device: Device of the model
+    :param name_prefix: ``name_prefix`` of the callback
     :param kwargs: Further arguments of ``EpisodicA2C.load``
     :return: The model; None if the folder has no checkpoint yet
     :raises ValueError: There are checkpoints, but all of them are damaged
@@ -239,15 +250,25 @@ def resume(
 
 class ResumableCheckpointCallback(BaseCallback):
     """
-    Write checkpoints from which :func:`resume` goes on: after the first update behind every ``save_freq`` env steps, and at
-    the end of the training. Each is written atomically, so that a crash never costs more than the work since the last one.
+    Write checkpoints from which :func:`resume` continues a training.
 
-    :param save_path: Folder for ``{name_prefix}_{number}_{num_timesteps}_steps.zip``; made if it is missing. One training each
+    They are written after the first update at least ``save_freq`` env steps since the last one, and at the end of the
+    training. Each is written atomically, so a crash costs at most the work since the last one.
+
+    After a resume, other callbacks start anew (``EvalCallback`` forgets its best reward), and so does the count of updates
+    between two logs.
+
+    RL Zoo takes the callback from its hyperparameters, or from the command line::
+
+        train ... -params "callback:{'sb3_episodic_a2c.ResumableCheckpointCallback':{'save_path':'checkpoints'}}"
+
+    :param save_path: Folder for ``{name_prefix}_{number}_{num_timesteps}_steps.zip``; made if it is missing. Use one folder
+        for each training
     :param save_freq: Env steps between two checkpoints, of all environments together
     :param keep: Number of checkpoints to keep; older ones are deleted
-    :param name_prefix: What their names begin with
-    :param verbose: Verbosity level: 0 for no output, 2 for saying when a checkpoint was written
-    :raises ValueError: An argument is out of its range, or the model no :class:`EpisodicA2C`
+    :param name_prefix: Beginning of the file names
+    :param verbose: Verbosity level: 0 for no output, 2 for a message at each checkpoint
+    :raises ValueError: An argument is out of its range, or the model is not an :class:`EpisodicA2C`
     """
 
     def __init__(
@@ -275,7 +296,7 @@ class ResumableCheckpointCallback(BaseCallback):
                 "use stable_baselines3.common.callbacks.CheckpointCallback."
             )
         self.save_path.mkdir(parents=True, exist_ok=True)
-        # What a process left behind that was killed while writing
+        # Left by a process that was killed while it wrote
         for path in self.save_path.glob(f".{self.name_prefix}_*.tmp"):
             path.unlink(missing_ok=True)
 
@@ -319,7 +340,7 @@ def _get_random_states(model: EpisodicA2C) -> dict[str, Any]:
         "numpy": np.random.get_state(),
         "torch": th.get_rng_state(),
         "cuda": th.cuda.get_rng_state_all() if model.device.type == "cuda" else None,
-        # The torch actor has none of its own
+        # The torch actor has no generator of its own
         "actor": getattr(model._actor, "rng", None),
     }
 
@@ -339,10 +360,10 @@ def _set_random_states(model: EpisodicA2C, states: dict[str, Any]) -> None:
 
 class _Pickler(cloudpickle.Pickler):
     """
-    Pickles environments with all of their state, or not at all.
+    Pickles environments with their full state, or refuses them.
 
     :param file: Where to write
-    :param device: Tensors that are there will be on the device that the model is loaded to
+    :param device: Device of the model. Its tensors are loaded to the device of the loaded model
     """
 
     def __init__(self, file: io.BytesIO, device: th.device) -> None:
@@ -354,7 +375,7 @@ class _Pickler(cloudpickle.Pickler):
         if type(obj) is not th.Tensor or obj.device.type != self._device.type or obj.requires_grad:
             return None
         if id(obj) not in self._arrays:
-            # A tensor of two names must stay one. It is kept, so that no other gets its id
+            # A tensor with two names must stay one. It is kept alive, so that no other gets its id
             self._arrays[id(obj)] = obj, obj.detach().cpu().numpy()
         return self._arrays[id(obj)][1]
 
@@ -363,11 +384,11 @@ class _Pickler(cloudpickle.Pickler):
             raise pickle.PicklingError("the environments of a SubprocVecEnv live in processes of their own")
         if isinstance(obj, ResultsWriter):
             return _ReopenedResultsWriter, (*_describe_results_writer(obj),)
-        # Pickling themselves, VecNormalize would leave out its environments and returns, EzPickle all but the arguments of the
-        # constructor
+        # VecNormalize's own pickling omits its environments and returns, EzPickle's all but the constructor's arguments
         if isinstance(obj, (VecEnvWrapper, EzPickle)):
             state = {name: value for name, value in obj.__dict__.items() if name != "class_attributes"}
-            return copyreg.__newobj__, (type(obj),), state, None, None, _set_attributes  # type: ignore[attr-defined]
+            new_object = copyreg.__newobj__  # type: ignore[attr-defined]  # not in typeshed
+            return new_object, (type(obj),), state, None, None, _set_attributes
         return super().reducer_override(obj)
 
 
@@ -410,13 +431,13 @@ def _describe_results_writer(writer: ResultsWriter) -> tuple[str, int, tuple[str
 
 class _ReopenedResultsWriter(ResultsWriter):
     """
-    Goes on with a Monitor's log file, where it ended when the checkpoint was made.
+    Continues a Monitor's log file where it was at the checkpoint.
 
-    The file is touched when an episode ends, not when the checkpoint is loaded: somebody may only want to look into it.
+    The file is opened when an episode ends, not when the checkpoint is loaded, which may be for inspection only.
 
     :param path: The file. If it is missing, it is made
-    :param size: Bytes that it had then. What was written later is cut off, as it will be written again; of a file that has
-        become shorter, as a crash of the machine may leave it, the whole lines are kept
+    :param size: Its bytes at the checkpoint. Later rows are cut off, as they will be logged again. If the file is shorter now
+        (the machine crashed), its whole rows are kept
     :param fieldnames: Keys that are logged
     """
 
@@ -437,18 +458,18 @@ class _ReopenedResultsWriter(ResultsWriter):
         super().write_row(epinfo)
 
     def _cut(self) -> int:
-        """Cut off what does not belong into the file. Returns the bytes that are left."""
+        """Cut the file back to the checkpoint. Returns the bytes that are left."""
         file = self.file_handler.buffer
         file.seek(0)
         log = file.read(self.size)
-        # A row behind half a row, or without the head, could not be read
+        # A row after half a row, or without the header, could not be read
         n_kept = log.rfind(b"\n") + 1 if log.count(b"\n") >= 2 else 0
         file.truncate(n_kept)
         self.file_handler.seek(n_kept)
         if n_kept < self.size:
             warnings.warn(
-                f"{self.path} has lost episodes: it was {self.size} bytes long when the checkpoint was made, of which "
-                f"{n_kept} are left. Those to come are logged behind them; the training itself is not affected.",
+                f"{self.path} has lost episodes: it was {self.size} bytes long when the checkpoint was made, and {n_kept} of "
+                "them are left. New episodes are logged after these; the training itself is not affected.",
                 UserWarning,
                 stacklevel=2,
             )

@@ -1,6 +1,5 @@
 """Episodic A2C: an on-policy actor-critic that learns from complete episodes."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
@@ -18,28 +17,35 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 from torch import nn
 
-from sb3_episodic_a2c.actors import ActorChoice, make_actor, to_env_actions
+from sb3_episodic_a2c.actors import ActorChoice, action_bounds, make_actor, to_env_actions
 from sb3_episodic_a2c.buffers import EpisodicRolloutBuffer
 from sb3_episodic_a2c.evaluation import (
     Evaluations,
     evaluate_actions,
+    evaluate_values,
     is_truncated,
     pass_size,
     predict_values,
     stack_observations,
 )
-from sb3_episodic_a2c.guards.arguments import PartialEpisodes, check_arguments, check_policy_class, check_spaces
+from sb3_episodic_a2c.guards.arguments import (
+    PartialEpisodes,
+    check_arguments,
+    check_policy_class,
+    check_policy_name,
+    check_spaces,
+    copy_nested,
+)
 from sb3_episodic_a2c.guards.files import SafelySaved
 from sb3_episodic_a2c.guards.numbers import (
     NormalizeStatistics,
-    check_gradient,
     check_learning_rate,
     check_rewards,
     has_finite_numbers,
     statistics_of,
 )
-from sb3_episodic_a2c.guards.training import guarded_training, raise_if_not_finite
-from sb3_episodic_a2c.guards.transaction import Transaction
+from sb3_episodic_a2c.guards.training import guarded_training, raise_if_not_finite, warn_of_no_episode
+from sb3_episodic_a2c.guards.transaction import OptimizerStep, Transaction
 from sb3_episodic_a2c.guards.workers import resynchronize
 from sb3_episodic_a2c.losses import Losses, entropy_loss, policy_loss, value_loss
 from sb3_episodic_a2c.plain_mlp import PlainMlp, inspect
@@ -118,6 +124,10 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
     :param seed: Seed for the pseudo random generators
     :param device: Device (cpu, cuda, ...) on which the code should be run.
         Setting it to auto, the code will be run on the GPU if possible.
+    :param gae_lambda: Factor of generalized advantages in the policy loss (https://arxiv.org/abs/1506.02438). 1: the Monte
+        Carlo return minus the value. Less: less variance, and more trust in the critic, which must have units and learns
+        from Monte Carlo returns in any case
+    :param n_value_epochs: After the update, so many more gradient steps on the value loss alone, over the same episodes
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: An argument is out of its range, or the spaces of the environment are not supported
     """
@@ -174,6 +184,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         verbose: int = 0,
         seed: int | None = None,
         device: th.device | str = "auto",
+        gae_lambda: float = 1.0,
+        n_value_epochs: int = 0,
         _init_setup_model: bool = True,
     ) -> None:
         check_arguments(locals())
@@ -188,9 +200,9 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             env,
             # SB3 knows the floats of Python only
             learning_rate=learning_rate if callable(learning_rate) else float(learning_rate),
-            # Not arguments of this algorithm. `n_steps` tells how many steps the last rollout had, GAE(1) is Monte Carlo
+            # Not an argument of this algorithm
             n_steps=0,
-            gae_lambda=1.0,
+            gae_lambda=gae_lambda,
             gamma=gamma,
             ent_coef=ent_coef,
             vf_coef=vf_coef,
@@ -201,7 +213,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             rollout_buffer_kwargs=rollout_buffer_kwargs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
-            policy_kwargs=_copy_nested(policy_kwargs or {}),
+            policy_kwargs=copy_nested(policy_kwargs or {}),
             verbose=verbose,
             seed=seed,
             device=device,
@@ -215,6 +227,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         self.detach_advantage = detach_advantage
         self.batch_size = batch_size
         self.actor = actor
+        self.n_value_epochs = n_value_epochs
         self.return_statistics = ReturnStatistics()
         """The units of the critic: initial for raw returns, running for ``"running"``. Saved with the model."""
 
@@ -245,10 +258,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         self._normalize_statistics: NormalizeStatistics | None = None
         """Those of VecNormalize when the rollout began."""
         self._maybe_recommend_cpu()
-        self._action_bounds: tuple[np.ndarray, np.ndarray] | None = None
-        """``(1, *action_shape)`` each, as NumPy is twice as slow where numbers of dimensions differ; None if not of a Box."""
-        if isinstance(self.action_space, spaces.Box):
-            self._action_bounds = self.action_space.low[None], self.action_space.high[None]
+        self._action_bounds = action_bounds(self.action_space)
         self._setup_actor()
         self._plain_mlp = inspect(self.policy)
 
@@ -282,11 +292,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
     # ------------------------------------------------------------------ what a variant overrides
 
     def _start_rollout(self, env: VecEnv) -> None:
-        """
-        Called once a rollout, before its first step.
-
-        :param env: The training environment
-        """
+        """Called once a rollout, before its first step in the training environment ``env``."""
 
     def _policy_inputs(self, env: VecEnv) -> dict[str, np.ndarray]:
         """
@@ -322,20 +328,23 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         return predict_values(self.policy, observations, self._current_plain_mlp())
 
     def _evaluate_actions(self, samples: EpisodicRolloutBufferSamples) -> Evaluations:
-        """
-        Evaluate the actions of complete episodes with the current policy.
-
-        :param samples: ``n`` transitions
-        :return: Values, log-probabilities and entropies (None where they have no analytical form), ``(n,)`` each
-        """
+        """Evaluate ``n`` transitions of complete episodes with the current policy."""
         return evaluate_actions(self.policy, samples, self._current_plain_mlp())
+
+    def _evaluate_values(self, samples: EpisodicRolloutBufferSamples) -> th.Tensor:
+        """The values alone of ``n`` transitions, ``(n,)``, with their gradient: what a value epoch trains."""
+        return evaluate_values(self.policy, samples, self._current_plain_mlp())
+
+    def _value_loss(self, samples: EpisodicRolloutBufferSamples, values: th.Tensor) -> th.Tensor:
+        """The critic's term of the objective, also in value epochs: a scalar, from predicted values ``(n,)``."""
+        return value_loss(values, samples.returns, self.huber_delta)
 
     def _losses(
         self, samples: EpisodicRolloutBufferSamples, values: th.Tensor, log_prob: th.Tensor, entropy: th.Tensor | None
     ) -> Losses:
         """
-        The objective. A subclass may compute other terms, or add some under ``auxiliary``: sums over transitions, as an update
-        may take several passes whose gradients add up.
+        The objective. A subclass may compute other terms, or add some under ``auxiliary``: sums over transitions, as gradients
+        add up over the passes of an update.
 
         :param samples: ``n`` transitions with their ``returns``, ``advantages`` and ``old_log_prob``
         :param values: ``(n,)`` predicted values
@@ -346,7 +355,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         assert samples.advantages is not None
         return Losses(
             policy_loss(log_prob, samples.advantages),
-            value_loss(values, samples.returns, self.huber_delta),
+            self._value_loss(samples, values),
             entropy_loss(entropy, log_prob),
         )
 
@@ -363,9 +372,6 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         Collect complete episodes using the current policy, until there are ``n_episodes * n_envs`` or the budget of ``learn``
         is used up.
 
-        The term rollout here refers to the model-free notion and should not
-        be used with the concept of rollout used in model-based RL or planning.
-
         :param env: The training environment
         :param callback: Callback that will be called at each step
             (and at the beginning and end of the rollout)
@@ -379,6 +385,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         rollout_buffer.select(PARTIAL_EPISODES[self.partial_episodes], self.n_episodes * env.num_envs)
         if rollout_buffer.selection.restarts and rollout_buffer.size() > 0 and rollout_buffer.is_complete():
             self._discard_partial_episodes(env, rollout_buffer)
+        assert self._last_episode_starts is not None
+        rollout_buffer.drop_heads(self._last_episode_starts)
         rollout_buffer.start_rollout()
         self._refresh_actor()
         if self._current_plain_mlp() is None:
@@ -463,10 +471,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         :return: ``(n_finished,)`` values in reward units: 0 if terminated, the critic's value after a time limit
         """
         terminal_values = np.zeros(len(env_indices))
-        if not self.handle_timeout_termination:
-            return terminal_values
         truncated = [index for index in env_indices.tolist() if is_truncated(infos[index])]
-        if truncated:
+        if truncated and self.handle_timeout_termination:
             observations = stack_observations(
                 [infos[index]["terminal_observation"] for index in truncated], self.observation_space
             )
@@ -496,36 +502,42 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             units = statistics if STANDARDIZATIONS[self.standardize_returns].is_running else ReturnStatistics()
             self.logger.record("train/return_mean", statistics.mean)
             self.logger.record("train/return_std", statistics.std)
-        rollout_buffer.finish_rollout(returns, self._evaluate_rollout, units)
+        rollout_buffer.finish_rollout(returns, self._evaluate_rollout, units, self.gamma, self.gae_lambda)
         self.logger.record("rollout/n_episodes", rollout_buffer.n_episodes)
         selection = rollout_buffer.selection
         self.logger.record(f"rollout/{selection.fraction_name}", selection.fraction(rollout_buffer.counts()))
 
-    def _evaluate_rollout(self) -> tuple[np.ndarray, np.ndarray]:
-        """Values and log-probabilities of the available transitions, for callbacks that read them before the update."""
-        values, log_probs = np.empty((2, self.rollout_buffer.size()), dtype=np.float32)
+    def _evaluate_rollout(self, with_log_probs: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Values and log-probabilities of the available transitions before the update, for advantages and callbacks."""
+        values, log_probs = np.zeros((2, self.rollout_buffer.size()), dtype=np.float32)
         # In the units of the update, which is not made yet: whatever changes is undone
         with self.update_transaction() as transaction, th.no_grad():
             for part, samples in self._passes(transaction):
-                batch_values, log_prob, _ = self._evaluate_actions(samples)
-                values[part], log_probs[part] = batch_values.numpy(force=True), log_prob.numpy(force=True)
+                if with_log_probs:
+                    batch_values, log_prob, _ = self._evaluate_actions(samples)
+                    log_probs[part] = log_prob.numpy(force=True)
+                else:
+                    batch_values = self._evaluate_values(samples)
+                values[part] = batch_values.numpy(force=True)
         return values, log_probs
 
     # ------------------------------------------------------------------ training
 
     @contextmanager
-    def update_transaction(self) -> Iterator[Transaction]:
+    def update_transaction(self) -> Iterator[OptimizerStep]:
         """
         What one update changes apart from the optimizer step: the critic takes the units of the returns, and batch norm
-        may take note of the passes. Unless ``commit`` is called, all of it is undone, whatever ends the block.
+        may take note of the passes. Unless the step is taken, all of it is undone, whatever ends the block.
 
-        A subclass with a ``train`` of its own enters it around its passes, and calls ``commit`` right before the optimizer
-        step. One that does not is safe, but its critic is not rescaled when the statistics of the returns move.
+        A subclass with a ``train`` of its own enters it around its passes, and calls ``take``, or ``commit`` right before a
+        step of its own. One that does neither is safe, but its critic is not rescaled when the statistics of the returns move.
         """
-        with Transaction() as transaction:
+        with OptimizerStep(self.policy.optimizer) as transaction:
             units = self.rollout_buffer.next_statistics
             if units is not None:
                 transaction.on_undo(setattr, self, "return_statistics", self.return_statistics)
+                transaction.on_undo(setattr, self.rollout_buffer, "next_statistics", units)
+                self.rollout_buffer.next_statistics = None
                 value_net = getattr(self.policy, "value_net", None)
                 has_units = STANDARDIZATIONS[self.standardize_returns].has_units
                 if self._n_updates > 0 and has_units and isinstance(value_net, nn.Module):
@@ -553,20 +565,20 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             # The budget ended before an episode did
             return
 
+        # In evaluation mode, as they were sampled
+        given_advantages = self.rollout_buffer.given_advantages()
         if self._current_plain_mlp() is None:
             # Switch to train mode (this affects batch norm / dropout)
             self.policy.set_training_mode(True)
         values, log_probs = np.empty((2, n_transitions), dtype=np.float32)
         sums: dict[str, float] = {}
-        parameters = [parameter for group in self.policy.optimizer.param_groups for parameter in group["params"]]
-        for parameter in parameters:
-            # As `optimizer.zero_grad`, which needs as long as a layer
-            parameter.grad = None
         with self.update_transaction() as transaction:
-            transaction.on_undo(self.policy.optimizer.zero_grad)
             for part, samples in self._passes(transaction):
                 batch_values, log_prob, entropy = self._evaluate_actions(samples)
-                advantages = samples.returns - (batch_values.detach() if self.detach_advantage else batch_values)
+                if given_advantages is None:
+                    advantages = samples.returns - (batch_values.detach() if self.detach_advantage else batch_values)
+                else:
+                    advantages = th.as_tensor(given_advantages[part], device=self.device)
                 samples = samples._replace(advantages=advantages, old_log_prob=log_prob.detach())
                 losses = self._losses(samples, batch_values, log_prob, entropy)
                 # Gradients add up over the batches, as the loss is a sum
@@ -576,7 +588,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
                 for name, term in losses.terms().items():
                     sums[name] = sums.get(name, 0.0) + term.item()
 
-            self._step_optimizer([parameter for parameter in parameters if parameter.grad is not None], transaction)
+            self._take(transaction, f"update {self._n_updates + 1}")
+            self._n_updates += 1
 
         self.rollout_buffer.set_evaluations(values, log_probs)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -584,6 +597,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         for name, summed in sums.items():
             # Per transition, so that curves of episodes of different length compare
             self.logger.record(f"train/{name}", summed / n_transitions)
+        if self.n_value_epochs > 0:
+            self.logger.record("train/value_loss_after_epochs", self._train_critic() / n_transitions)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", float(np.exp(self.policy.log_std.numpy(force=True)).mean()))
 
@@ -605,23 +620,30 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             start = end
             transaction.let_signals_through()
 
-    def _step_optimizer(self, parameters: list[nn.Parameter], transaction: Transaction) -> None:
+    def _train_critic(self) -> float:
         """
-        Clip the gradient if asked to, and take the step, unless it would spoil the parameters.
+        ``n_value_epochs`` gradient steps on the value loss alone. Returns the value loss after them, a sum.
 
-        :param parameters: Those of the optimizer that have a gradient
-        :param transaction: What is committed with the step
+        :raises ValueError: The gradient of a step is not finite. The parameters are then as they were before that step
         """
-        norm = check_gradient(parameters, self._n_updates + 1)
-        check_learning_rate(self.lr_schedule, self._current_progress_remaining, self._n_updates + 1)
-        if self.max_grad_norm is not None:
-            th.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
-        self._update_learning_rate(self.policy.optimizer)
-        # Before the step: if that failed half-way, the parameters of before would not fit the rest
-        transaction.commit()
-        self.policy.optimizer.step()
-        self._n_updates += 1
-        self.rollout_buffer.next_statistics = None
+        for epoch in range(self.n_value_epochs):
+            with OptimizerStep(self.policy.optimizer) as transaction:
+                for _, samples in self._passes(transaction):
+                    (self.vf_coef * self._value_loss(samples, self._evaluate_values(samples))).backward()
+                if not transaction.has_gradient():
+                    # The critic is frozen
+                    break
+                self._take(transaction, f"value epoch {epoch + 1} of update {self._n_updates}")
+        summed = 0.0
+        with Transaction() as transaction, th.no_grad():
+            for _, samples in self._passes(transaction):
+                summed += self._value_loss(samples, self._evaluate_values(samples)).item()
+        return summed
+
+    def _take(self, step: OptimizerStep, name: str) -> None:
+        """Take a step with the learning rate of now, unless it would spoil the parameters."""
+        check_learning_rate(self.lr_schedule, self._current_progress_remaining, name)
+        step.take(name, self.max_grad_norm, lambda: self._update_learning_rate(self.policy.optimizer))
 
     # ------------------------------------------------------------------ learning
 
@@ -683,14 +705,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             )
         self._follow_own_training()
         if self._episode_num == n_finished and self.num_timesteps >= self._total_timesteps > self._num_timesteps_at_start:
-            warnings.warn(
-                f"No episode ended within total_timesteps={total_timesteps} env steps (n_envs={self.n_envs}), so nothing was "
-                f"learned from them: {self.__class__.__name__} learns from complete episodes. If episodes never end, give "
-                "the environment a time limit (`gymnasium.wrappers.TimeLimit(env, max_episode_steps=...)`); if they are "
-                "long, raise `total_timesteps`.",
-                UserWarning,
-                stacklevel=2,
-            )
+            warn_of_no_episode(type(self).__name__, total_timesteps, self.n_envs)
         return self
 
     # ------------------------------------------------------------------ saving, names
@@ -699,19 +714,6 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         own = ["_actor", "_plain_mlp", "_normalize_statistics", "_action_bounds"]
         return [*super()._excluded_save_params(), *own]
 
-    def _in_flight_params(self) -> list[str]:
-        """Names of the attributes that belong to episodes in flight, and are of no use without their environments."""
-        return ["rollout_buffer", "_last_obs", "_last_episode_starts", "_last_original_obs"]
-
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
-        if policy_name not in self.policy_aliases:
-            raise ValueError(
-                f"`policy` {policy_name!r} is unknown. Use one of {sorted(self.policy_aliases)}, or a policy class "
-                "(a subclass of stable_baselines3.common.policies.ActorCriticPolicy)."
-            )
+        check_policy_name(policy_name, self.policy_aliases)
         return self.policy_aliases[policy_name]
-
-
-def _copy_nested(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a dict and of the dicts in it, so that nothing is ever written into the caller's."""
-    return {key: _copy_nested(value) if isinstance(value, dict) else value for key, value in kwargs.items()}

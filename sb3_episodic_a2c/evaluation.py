@@ -81,6 +81,23 @@ def evaluate_actions(
     return values, log_prob, entropy.expand(len(values))
 
 
+def evaluate_values(
+    policy: ActorCriticPolicy, samples: EpisodicRolloutBufferSamples, plain: PlainMlp | None = None
+) -> th.Tensor:
+    """
+    ``policy.predict_values``, up to rounding, with its gradient: only the critic is run where it has layers of its own.
+
+    :param policy: The policy
+    :param samples: ``n`` transitions
+    :param plain: The layers of the policy, if it has a plain critic
+    :return: ``(n,)`` values
+    """
+    if plain is None:
+        return policy.predict_values(samples.observations).flatten()
+    assert isinstance(samples.observations, th.Tensor) and plain.critic is not None
+    return _run(plain.critic, samples.observations.float().flatten(start_dim=1)).flatten()
+
+
 def predict_values(policy: ActorCriticPolicy, observations: Array | dict[str, Array], plain: PlainMlp | None = None) -> Array:
     """
     ``policy.predict_values``, up to rounding, of a few observations.

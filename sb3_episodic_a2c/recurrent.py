@@ -176,13 +176,7 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         # 2. The LSTMs alone see time, all else works on flat tensors
         features_pi, features_vf = _extract_features(policy, _take(samples.observations, to_steps))
         latent_pi, _ = _run_lstm(policy.lstm_actor, features_pi, pieces)
-        if policy.lstm_critic is not None:
-            latent_vf, _ = _run_lstm(policy.lstm_critic, features_vf, pieces)
-        elif policy.shared_lstm:
-            # Only the actor trains it
-            latent_vf = latent_pi.detach()
-        else:
-            latent_vf = policy.critic(features_vf)  # type: ignore[misc]  # first set to None, so inferred as None
+        latent_vf = self._critic_latent(features_vf, pieces, latent_pi)
         values = policy.value_net(policy.mlp_extractor.forward_critic(latent_vf)).flatten()
         distribution = policy._get_action_dist_from_latent(policy.mlp_extractor.forward_actor(latent_pi))
         log_prob = distribution.log_prob(samples.actions[to_steps])
@@ -190,6 +184,29 @@ class RecurrentEpisodicA2C(EpisodicA2C):
 
         # 3. And back
         return values[to_episodes], log_prob[to_episodes], None if entropy is None else entropy[to_episodes]
+
+    def _critic_latent(self, features_vf: th.Tensor, pieces: list[tuple[int, int]], latent_pi: th.Tensor | None) -> th.Tensor:
+        """``(n, latent_dim)``, from the critic's features ``(n, features_dim)`` and, if it shares it, the actor's latent."""
+        if self.policy.lstm_critic is not None:
+            return _run_lstm(self.policy.lstm_critic, features_vf, pieces)[0]
+        if self.policy.shared_lstm:
+            assert latent_pi is not None
+            # Only the actor trains it
+            return latent_pi.detach()
+        return self.policy.critic(features_vf)  # type: ignore[misc]  # first set to None, so inferred as None
+
+    def _evaluate_values(self, samples: EpisodicRolloutBufferSamples) -> th.Tensor:
+        policy = self.policy
+        positions, pieces = _interleave(np.array(samples.episode_lengths))
+        to_steps = th.as_tensor(np.argsort(positions), device=self.device)
+        features_pi, features_vf = _extract_features(policy, _take(samples.observations, to_steps))
+        latent_pi = None
+        if policy.shared_lstm:
+            with th.no_grad():
+                latent_pi, _ = _run_lstm(policy.lstm_actor, features_pi, pieces)
+        latent_vf = self._critic_latent(features_vf, pieces, latent_pi)
+        values = policy.value_net(policy.mlp_extractor.forward_critic(latent_vf)).flatten()
+        return values[th.as_tensor(positions, device=self.device)]
 
 
 def _refuse_overridden(policy: RecurrentActorCriticPolicy | type[BasePolicy]) -> None:

@@ -53,6 +53,29 @@ def discounted_returns(rewards: np.ndarray, gamma: float, terminal_value: float 
     return returns[:0:-1]
 
 
+def generalized_advantages(
+    rewards: np.ndarray, values: np.ndarray, gamma: float, gae_lambda: float, terminal_value: float = 0.0
+) -> np.ndarray:
+    r"""
+    Generalized advantage of every step of one complete episode.
+
+    .. math:: A_t = \sum_k (\gamma \lambda)^k \delta_{t+k}, \qquad \delta_t = r_t + \gamma V(s_{t+1}) - V(s_t)
+
+    With :math:`\lambda = 1` it is the Monte Carlo return minus :math:`V(s_t)`, with 0 the error of one step.
+    See Schulman et al. (2016), eq. 16, https://arxiv.org/abs/1506.02438.
+
+    :param rewards: ``(T,)`` rewards; ``rewards[t]`` is the one received for the action at step ``t``
+    :param values: ``(T,)`` values of the states that the actions were taken in, in reward units
+    :param gamma: Discount factor
+    :param gae_lambda: :math:`\lambda`, from 0 to 1: how far to trust rewards rather than values
+    :param terminal_value: Value, in reward units, of the state after the last step: 0 if the episode terminated
+    :return: ``(T,)`` float64 advantages in reward units
+    """
+    rewards, values = rewards.astype(np.float64), values.astype(np.float64)
+    deltas = rewards + gamma * np.append(values[1:], terminal_value) - values
+    return discounted_returns(deltas, gamma * gae_lambda)
+
+
 def standardize(returns: np.ndarray, mean: float, std: float) -> np.ndarray:
     """
     Shift and scale to mean 0 and standard deviation 1.

@@ -24,6 +24,11 @@ def _is_integer(value: Any, minimum: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
 
 
+def copy_nested(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a dict and of the dicts in it, so that nothing is ever written into the caller's."""
+    return {key: copy_nested(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
+
+
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """
     Refuse arguments out of their range.
@@ -63,6 +68,23 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     check("detach_advantage", isinstance(arguments["detach_advantage"], bool), "It must be True or False.")
     check("ent_coef", _is_number(arguments["ent_coef"]), "It must be a finite number, e.g. 0.0 or 0.01.")
     check("vf_coef", _is_number(vf_coef) and vf_coef >= 0, "It must be a number >= 0, e.g. 1.0.")
+    gae_lambda = arguments["gae_lambda"]
+    check("gae_lambda", _is_number(gae_lambda) and 0 <= gae_lambda <= 1, "It must lie in [0, 1]; 1.0 is Monte Carlo.")
+    check(
+        "gae_lambda",
+        gae_lambda == 1 or STANDARDIZATIONS[method].has_units,
+        f"With standardize_returns={method!r} the critic's values have no fixed units, so they cannot stand for rewards: set "
+        'it to 1.0, or use standardize_returns="running" or None.',
+    )
+    check(
+        "gae_lambda",
+        gae_lambda == 1 or arguments["detach_advantage"],
+        "With detach_advantage=False the gradient flows through the return minus the value: set it to 1.0, or use "
+        "detach_advantage=True.",
+    )
+    check(
+        "n_value_epochs", _is_integer(arguments["n_value_epochs"], 0), "It must be an integer >= 0 (gradient steps), e.g. 4."
+    )
     max_grad_norm, batch_size = arguments["max_grad_norm"], arguments["batch_size"]
     check(
         "max_grad_norm",
@@ -92,6 +114,19 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     )
     for name in ("rollout_buffer_kwargs", "policy_kwargs"):
         check(name, arguments[name] is None or isinstance(arguments[name], dict), "It must be a dict, or None.")
+
+
+def check_policy_name(name: str, aliases: Mapping[str, type[BasePolicy]]) -> None:
+    """
+    :param name: The argument ``policy``, where it is no class
+    :param aliases: The names that the algorithm knows
+    :raises ValueError: The name is unknown
+    """
+    if name not in aliases:
+        raise ValueError(
+            f"`policy` {name!r} is unknown. Use one of {sorted(aliases)}, or a policy class "
+            "(a subclass of stable_baselines3.common.policies.ActorCriticPolicy)."
+        )
 
 
 def check_policy_class(algorithm: Any, policy_class: type[BasePolicy]) -> None:

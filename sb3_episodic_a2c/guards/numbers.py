@@ -67,12 +67,12 @@ def check_rewards(rewards: np.ndarray, steps: np.ndarray) -> None:
         )
 
 
-def check_gradient(parameters: Sequence[nn.Parameter], update: int) -> th.Tensor:
+def check_gradient(parameters: Sequence[nn.Parameter], step: str) -> th.Tensor:
     """
     Refuse a gradient that would spoil the parameters.
 
     :param parameters: Those that have a gradient
-    :param update: Number of the update
+    :param step: Which step of the optimizer it is for
     :return: The norm of all gradients together, a scalar
     :raises ValueError: No parameter has a gradient, or it is not finite
     """
@@ -86,24 +86,24 @@ def check_gradient(parameters: Sequence[nn.Parameter], update: int) -> th.Tensor
     norm = th.linalg.vector_norm(th.cat(gradients))
     if not math.isfinite(norm.item()):
         raise ValueError(
-            f"The gradient of update {update} is not finite (norm {norm.item()}), {NOT_MADE} Lower `learning_rate`, set "
+            f"The gradient of {step} is not finite (norm {norm.item()}), {NOT_MADE} Lower `learning_rate`, set "
             "`max_grad_norm`, or look for extreme observations and rewards with "
             "stable_baselines3.common.vec_env.VecCheckNan."
         )
     return norm
 
 
-def check_learning_rate(schedule: Callable[[float], float], progress_remaining: float, update: int) -> None:
+def check_learning_rate(schedule: Callable[[float], float], progress_remaining: float, step: str) -> None:
     """
     :param schedule: The schedule of the learning rate
     :param progress_remaining: From 1 to 0
-    :param update: Number of the update
+    :param step: Which step of the optimizer it is for
     :raises ValueError: The learning rate is not finite
     """
     learning_rate = schedule(progress_remaining)
     if not math.isfinite(learning_rate):
         raise ValueError(
-            f"The learning rate of update {update} is {learning_rate}, {NOT_MADE} Fix the `learning_rate` schedule: "
+            f"The learning rate of {step} is {learning_rate}, {NOT_MADE} Fix the `learning_rate` schedule: "
             f"it returned {learning_rate} at progress_remaining={progress_remaining}."
         )
 

@@ -1,6 +1,7 @@
 """What an error in ``learn`` leaves behind: a model as after its last update, and the environment that caused it."""
 
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,6 +75,23 @@ def raise_if_not_finite(model: Any, error: Exception) -> None:
         check_policy_input(observations, model.rollout_buffer.running_steps, tensors)
     except ValueError as reason:
         raise reason from error
+
+
+def warn_of_no_episode(algorithm: str, total_timesteps: int, n_envs: int) -> None:
+    """
+    Nothing was learned.
+
+    :param algorithm: Name of the algorithm
+    :param total_timesteps: The budget of ``learn``
+    :param n_envs: Number of environments
+    """
+    warnings.warn(
+        f"No episode ended within total_timesteps={total_timesteps} env steps (n_envs={n_envs}), so nothing was learned from "
+        f"them: {algorithm} learns from complete episodes. If episodes never end, give the environment a time limit "
+        "(`gymnasium.wrappers.TimeLimit(env, max_episode_steps=...)`); if they are long, raise `total_timesteps`.",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def find_environment(error: BaseException, env: VecEnv) -> int | None:

@@ -1,4 +1,4 @@
-"""Changes to a model that are kept together, or undone together."""
+"""Changes to a model that are kept together, or undone together; one of them is a step of its optimizer."""
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch as th
 
+from sb3_episodic_a2c.guards.numbers import check_gradient
 from sb3_episodic_a2c.guards.signals import uninterrupted
 
 
@@ -53,6 +54,51 @@ class Transaction:
         finally:
             # Signals that arrived are handled here
             self._signals.__exit__(*exc_details)
+
+
+class OptimizerStep(Transaction):
+    """
+    One step of an optimizer, taken if it leaves all parameters finite, with what changes before it.
+
+    :param optimizer: The optimizer. Its gradients are dropped at the start, and when the step is not taken
+    """
+
+    def __init__(self, optimizer: th.optim.Optimizer) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+
+    def __enter__(self) -> "OptimizerStep":
+        super().__enter__()
+        self.on_undo(self.optimizer.zero_grad)
+        for parameter in self._parameters():
+            # As `zero_grad`, which needs as long as a layer
+            parameter.grad = None
+        return self
+
+    def _parameters(self) -> list[th.nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def has_gradient(self) -> bool:
+        """Whether a parameter has a gradient by now."""
+        return any(parameter.grad is not None for parameter in self._parameters())
+
+    def take(self, name: str, max_grad_norm: float | None = None, before: Callable[[], None] = lambda: None) -> None:
+        """
+        Clip the gradient if asked to, and take the step.
+
+        :param name: What to call the step in an error
+        :param max_grad_norm: The maximum norm of the gradient; None: no clipping
+        :param before: Called right before the step, when nothing can refuse it any more. It may set the learning rate
+        :raises ValueError: The gradient is not finite
+        """
+        parameters = [parameter for parameter in self._parameters() if parameter.grad is not None]
+        norm = check_gradient(parameters, name)
+        if max_grad_norm is not None:
+            th.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        before()
+        # Before the step: if that failed half-way, the parameters of before would not fit the rest
+        self.commit()
+        self.optimizer.step()
 
 
 def _write(tensor: th.Tensor, content: th.Tensor) -> None:
