@@ -14,8 +14,9 @@ from sb3_episodic_a2c.buffers import EpisodicRolloutBuffer
 
 class _FinishedEpisodesCallback(BaseCallback):
     """
-    Calls :meth:`_on_episode` for every finished training episode, with the reward of the environment itself (as a ``Monitor``
-    saw it, so before ``VecNormalize``), in the order of the environments.
+    Calls :meth:`_on_episode` for every finished training episode, in the order of the environments.
+
+    The reward is that of the environment itself, as ``Monitor`` records it: before ``VecNormalize``.
 
     :param verbose: Verbosity level: 0 for no output, 1 for info messages
     """
@@ -37,11 +38,11 @@ class _FinishedEpisodesCallback(BaseCallback):
         infos = self.locals["infos"]
         rollout_buffer = getattr(self.model, "rollout_buffer", None)
         if isinstance(rollout_buffer, EpisodicRolloutBuffer):
-            # With `partial_episodes="discard"`: of the episodes that will not be used, only short ones get to their end
+            # With `partial_episodes="discard"`, unused episodes finish only if short: counting them would favour short ones
             infos = rollout_buffer.wanted_infos(infos)
         for index in np.flatnonzero(self.locals["dones"]):
             episode = infos[index].get("episode")
-            # Under wrappers that end episodes early (e.g. at the loss of a life) the Monitor has nothing to say yet
+            # Under wrappers that end episodes early (e.g. at the loss of a life) the Monitor's episode still runs
             if episode is not None:
                 self.n_episodes_seen += 1
                 continue_training = self._on_episode(float(episode["r"]), int(episode["l"])) and continue_training
@@ -67,8 +68,10 @@ class SolvedAt(NamedTuple):
 
 class StopTrainingOnSolved(_FinishedEpisodesCallback):
     """
-    Stop the training once the mean reward of the last training episodes exceeds a threshold, which is what "solved" means in
-    Gymnasium. Unlike ``StopTrainingOnRewardThreshold`` it evaluates nothing: the actions are those sampled in training.
+    Stop the training once the mean reward of the last training episodes exceeds a threshold.
+
+    That is what "solved" means in Gymnasium. Unlike ``StopTrainingOnRewardThreshold`` it evaluates nothing: the actions are
+    those sampled in training.
 
     :param reward_threshold: The mean reward to exceed. By default the environment's own ``spec.reward_threshold``
     :param n_episodes: Number of consecutive episodes that the mean is taken over
@@ -100,16 +103,18 @@ class StopTrainingOnSolved(_FinishedEpisodesCallback):
                     f"{name} names no reward threshold of its own: pass `reward_threshold` to StopTrainingOnSolved."
                 )
             self.reward_threshold = float(spec.reward_threshold)
-        # Episodes of a resumed model, once the threshold is known; the first step then stops the training
+        # A resumed model may already be solved; the first step then stops the training
         self._check()
 
     def resume(self, model: BaseAlgorithm) -> None:
         """
-        Count the episodes of a resumed model too, as if its training had never been stopped. For a new callback, before
-        ``learn(reset_num_timesteps=False)``: it may turn out that nothing is left to learn.
+        Count the episodes of a resumed model, as if its training had never been stopped.
 
-        With ``partial_episodes="discard"`` the model's number of episodes, unlike this callback's, counts those too that were
-        not used: ``solved_at.n_episodes`` is then greater than without the stop.
+        Call it on a new callback, before ``learn(reset_num_timesteps=False)``. If ``solved_at`` is set afterwards, nothing is
+        left to learn.
+
+        With ``partial_episodes="discard"`` the model's number of episodes, unlike this callback's, includes unused ones:
+        ``solved_at.n_episodes`` is then greater than without the stop.
 
         :param model: The model, e.g. from :func:`sb3_episodic_a2c.resume`. It remembers ``stats_window_size`` episodes
         """
@@ -125,7 +130,7 @@ class StopTrainingOnSolved(_FinishedEpisodesCallback):
 
     def _on_step(self) -> bool:
         super()._on_step()
-        # Not between the episodes of one step: a resumed model would not know it
+        # Once a step, after all of its episodes: a resumed model could not repeat a check between them
         return self._check()
 
     def _check(self) -> bool:

@@ -62,8 +62,8 @@ def save_checkpoint(model: EpisodicA2C, path: str | Path) -> None:
 
 def _warn_of_fresh_episodes(reason: str) -> None:
     warnings.warn(
-        f"The environments cannot be part of the checkpoint ({reason}). Everything else is saved. To go on from it, pass `env` "
-        "to `resume` or `load_checkpoint`: training continues there with new episodes.",
+        f"The environments cannot be part of the checkpoint ({reason}). Everything else is saved. To go on, pass `env` to "
+        "`resume` or `load_checkpoint`: training continues there with new episodes.",
         UserWarning,
         stacklevel=3,
     )

@@ -19,23 +19,25 @@ class MaskableEpisodicA2C(EpisodicA2C):
     """
     Episodic A2C with invalid action masking (Huang & Ontañón, 2020, https://arxiv.org/abs/2006.14171).
 
-    The environment says at every step which actions are valid, through a method ``action_masks()`` of its own or one that
-    ``sb3_contrib.common.wrappers.ActionMasker`` gives it: ``(n,)`` booleans for ``Discrete(n)``, ``(sum(nvec),)`` for
-    ``MultiDiscrete(nvec)``, ``(2 * n,)`` for ``MultiBinary(n)`` (0 allowed, 1 allowed, for each bit). The masks are stored
-    with the step, so training sees the distribution that was sampled from.
+    At every step the environment tells which actions are valid, through a method ``action_masks()`` of its own or the one of
+    ``sb3_contrib.common.wrappers.ActionMasker``: ``(n,)`` for ``Discrete(n)``, ``(sum(nvec),)`` for ``MultiDiscrete(nvec)``,
+    ``(2 * n,)`` for ``MultiBinary(n)`` (0 allowed, 1 allowed, for each bit). Masks are booleans, or ones and zeros; anything
+    else is refused. They are stored with the step, so training sees the distribution that was sampled from.
 
     Where it differs from :class:`EpisodicA2C`: sb3-contrib's maskable policies, which have neither continuous actions nor
-    gSDE; ``predict`` takes ``action_masks``. Where it differs from MaskablePPO: ``use_masking`` is an argument of the
-    constructor, not of ``learn``, so it is saved with the model; a state with no valid action is refused, not sampled
-    from at random.
+    gSDE; ``predict`` takes ``action_masks``. ``EpisodicA2C`` refuses these policies, because it would train them without
+    masks. Where it differs from MaskablePPO: ``use_masking`` is an argument of the constructor, not of ``learn``, so it is
+    saved with the model; a state with no valid action is refused, not sampled from at random.
+
+    sb3-contrib's ``MaskableEvalCallback`` and its ``evaluate_policy`` work.
 
     All other arguments are those of :class:`EpisodicA2C`.
 
     :param policy: The policy model to use (``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or a subclass of
         sb3-contrib's ``MaskableActorCriticPolicy``)
     :param use_masking: Whether to ask the environment for masks in training. False: as :class:`EpisodicA2C`
-    :raises ValueError: As :class:`EpisodicA2C`; in ``learn``, if the environment has no masks, masks of another size than its
-        action space, or a state with no valid action
+    :raises ValueError: As :class:`EpisodicA2C`. In ``learn``: the environment has no masks, its masks do not fit its action
+        space, or a state has no valid action
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -103,10 +105,10 @@ class MaskableEpisodicA2C(EpisodicA2C):
         Get the policy action from an observation.
 
         :param observation: ``(*obs_shape)`` or ``(n_envs, *obs_shape)``, or a dict of such arrays
-        :param state: Ignored and given back: the policy has no memory
+        :param state: Ignored and returned: the policy has no memory
         :param episode_start: Ignored
         :param deterministic: Whether to return the most probable action instead of a sample
-        :param action_masks: The valid actions, ``(n,)`` or ``(n_envs, n)``; None: all are
+        :param action_masks: The valid actions, ``(n,)`` or ``(n_envs, n)``; None: all actions
         :return: the action, ``(*action_shape)`` or ``(n_envs, *action_shape)``, and ``state``
         """
         return self.policy.predict(observation, state, episode_start, deterministic, action_masks=action_masks)
@@ -124,9 +126,9 @@ def _count_choices(action_space: spaces.Space) -> np.ndarray:
 
 def _stack_masks(masks: Sequence[Any], n_choices: np.ndarray) -> np.ndarray:
     """
-    One array of the masks of all environments. Those that do not fit the action space, or that allow nothing, are refused.
+    Stack the masks of all environments, and refuse those that do not fit the action space or allow no action.
 
-    :param masks: What each environment returned
+    :param masks: What ``action_masks()`` of each environment returned
     :param n_choices: ``(n_dimensions,)`` actions to choose from in each dimension of the action space
     :return: ``(n_envs, n_choices.sum())`` booleans
     :raises ValueError: It names the environment and the remedy
@@ -136,7 +138,7 @@ def _stack_masks(masks: Sequence[Any], n_choices: np.ndarray) -> np.ndarray:
         try:
             array = np.asarray(mask)
         except ValueError:
-            # Lists of different lengths
+            # Nested lists of different lengths
             array = np.empty(0, dtype=object)
         is_number = array.dtype.kind in "biuf"
         if not is_number or array.size != action_masks.shape[1]:
@@ -147,7 +149,7 @@ def _stack_masks(masks: Sequence[Any], n_choices: np.ndarray) -> np.ndarray:
                 "boolean for each of them."
             )
         if array.dtype != bool and not np.isin(array, (0, 1)).all():
-            # Such as what is added to logits, 0 and -1e8, the other way round
+            # For example terms to add to the logits, 0 and -1e8, whose meaning is the opposite
             raise ValueError(
                 f"`action_masks()` of environment {env_index} returned {mask!r}: return booleans, True where the action is "
                 "valid, or 1 and 0."
@@ -155,7 +157,7 @@ def _stack_masks(masks: Sequence[Any], n_choices: np.ndarray) -> np.ndarray:
         action_masks[env_index] = array.ravel()
     has_choice = np.logical_or.reduceat(action_masks, np.cumsum(n_choices) - n_choices, axis=1)
     if not has_choice.all():
-        # Equal logits would be left, so that an invalid action would be chosen at random
+        # All logits would be equal, and an invalid action would be sampled at random
         env_index, dimension = np.argwhere(~has_choice)[0]
         raise ValueError(
             f"`action_masks()` of environment {env_index} allows no action in dimension {dimension}: end the episode in "

@@ -37,11 +37,11 @@ Array = np.ndarray
 # ---------------------------------------------------------------------- methods that a fast path bypasses
 
 BYPASSED_BY_ACTOR = ("forward", "extract_features", "get_distribution", "_get_action_dist_from_latent")
-"""By the NumPy actor, which samples without them."""
+"""Methods that the NumPy actor bypasses."""
 BYPASSED_BY_TRAINING = ("evaluate_actions", "predict_values", "set_training_mode", "train")
-"""In training and for values at time limits, where the layers of actor and critic are run."""
+"""Methods that training and values at time limits bypass, where the layers of actor and critic are run."""
 BYPASSED_BY_SEQUENCES = ("forward", "get_distribution", "predict_values", "evaluate_actions", "_process_sequence")
-"""By policies with a memory, whose layers are run over whole episodes instead of padded sequences."""
+"""Methods that policies with a memory bypass, whose layers are run over whole episodes instead of padded sequences."""
 
 PATCHABLE = {"forward", "forward_actor", *BYPASSED_BY_ACTOR}
 """Methods of a policy or a layer that may have been replaced on the object itself."""
@@ -70,7 +70,7 @@ DISTRIBUTIONS = (
     MaskableMultiCategoricalDistribution,
     MaskableBernoulliDistribution,
 )
-"""Not their subclasses: a squashed Gaussian is one of a Gaussian."""
+"""Exact types: a squashed Gaussian is a subclass of a Gaussian."""
 
 
 class PlainMlp:
@@ -95,10 +95,10 @@ class PlainMlp:
         self._slots: list[tuple[dict[str, Any], str]] = [slot for slot in slots if slot[0][slot[1]] is not None]
 
     def addresses(self) -> list[int]:
-        """Where the actor's parameters are. It changes when one was replaced, or when a copy of it is out of date."""
+        """Addresses of the actor's parameters. They change when one is replaced, or when a copy of one is out of date."""
         tensors = [parameters[name] for parameters, name in self._slots]
         addresses = [tensor.data_ptr() for tensor in tensors]
-        # Views on the CPU follow what is written into a tensor, and keep its memory from being used for another one
+        # A view on the CPU follows what is written into a tensor, and keeps its memory from being used for another one
         return addresses if self.shares_memory else [*addresses, *(tensor._version for tensor in tensors)]
 
     def is_current(self, policy: nn.Module) -> bool:
@@ -113,11 +113,13 @@ class PlainMlp:
 
 def inspect(policy: ActorCriticPolicy) -> PlainMlp | str:
     """
+    Find the layers of a policy, if it is a plain MLP.
+
     :param policy: The policy
     :return: Its layers, if running them does what the policy does; otherwise the reason why not
     """
     for base in (ActorCriticPolicy, MaskableActorCriticPolicy):
-        # A subclass that overrides one of these has another distribution in mind
+        # A subclass that overrides one of these may have another distribution
         if isinstance(policy, base) and not overridden_methods(type(policy), base, BYPASSED_BY_ACTOR):
             break
     else:
@@ -132,7 +134,7 @@ def inspect(policy: ActorCriticPolicy) -> PlainMlp | str:
 
 
 def _reason_against_modules(policy: ActorCriticPolicy) -> str | None:
-    """What stands around the layers of the actor."""
+    """The reason against the modules around the layers of the actor."""
     extractor: Any = policy.pi_features_extractor
     if type(extractor) is not FlattenExtractor:
         return f"the features extractor is a {type(extractor).__name__}"
@@ -146,7 +148,7 @@ def _reason_against_modules(policy: ActorCriticPolicy) -> str | None:
     if type(policy.action_net) is not nn.Linear:
         return f"`action_net` is a {type(policy.action_net).__name__}"
     if type(policy.action_dist) is DiagGaussianDistribution:
-        # Not a buffer, nor computed at every access by a parametrization
+        # A buffer, or a value computed at every access by a parametrization, would not do
         log_std = dict(policy.named_parameters(recurse=False)).get("log_std")
         if log_std is None or log_std.dtype != th.float32:
             return "`log_std` is not a float32 parameter"
@@ -168,7 +170,7 @@ def _reason_against_layers(policy: ActorCriticPolicy, layers: list[Any]) -> str 
 
 
 def _reason_against_calls(module: nn.Module) -> str | None:
-    """Code that would not be called where the module itself is not: hooks, and methods replaced on the object."""
+    """Code that is skipped if the module is not called: hooks, and methods replaced on the object."""
     # torch has no public way to ask for hooks
     if module._forward_hooks or module._forward_pre_hooks:
         return f"{type(module).__name__} has hooks"
@@ -179,9 +181,9 @@ def _reason_against_calls(module: nn.Module) -> str | None:
 
 def _has_plain_critic(policy: ActorCriticPolicy) -> bool:
     """
-    Whether there is no more to ``evaluate_actions`` and ``predict_values`` than to run the layers of actor and critic.
+    Whether ``evaluate_actions`` and ``predict_values`` only run the layers of actor and critic.
 
-    The actor's are known to be plain. Where the two share layers, the policy computes these once.
+    Those of the actor are known to be plain. Shared layers are left to the policy's methods, which compute them once.
     """
     extractor: Any = policy.mlp_extractor
     if (
@@ -280,7 +282,7 @@ def run_layers(layers: list[Layer], hidden: Array) -> Array:
     return hidden
 
 
-# Functions with a name, so that a model can be pickled
+# Named functions, so that a model can be pickled
 
 
 def _identity(x: Array, out: Array) -> Array:
@@ -300,7 +302,7 @@ def _elu(alpha: np.float32, x: Array, out: Array) -> Array:
 
 
 def _sigmoid(x: Array, out: Array) -> Array:
-    # By tanh: exp would overflow
+    # exp would overflow
     return 0.5 * np.tanh(0.5 * x) + np.float32(0.5)
 
 
@@ -309,7 +311,7 @@ def _silu(x: Array, out: Array) -> Array:
 
 
 def _run_torch(module: nn.Module, x: Array, out: Array) -> Array:
-    # Without parameters, so it can be run as it is
+    # It has no parameters, so it can be run as it is
     return module(th.from_numpy(x)).numpy()
 
 
@@ -322,7 +324,7 @@ NUMPY_ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.Sigmoid: lambda module: _sigmoid,
     nn.SiLU: lambda module: _silu,
 }
-"""Activation module to a NumPy function of it."""
+"""What makes the NumPy function of an activation module."""
 
 TORCH_ACTIVATIONS = (nn.GELU, nn.SELU, nn.CELU, nn.Softplus, nn.Softsign, nn.Mish, nn.Hardtanh, nn.ReLU6, nn.Hardswish)
-"""Activations that torch itself computes: no parameters, no state."""
+"""Activations that torch computes: they have no parameters and no state."""

@@ -1,4 +1,4 @@
-"""Policies: SB3's own, and the notebook's network with layers shared by actor and critic; their value head and optimizer."""
+"""The policies: SB3's own and the notebook's network with shared layers, their value head and their optimizer."""
 
 from typing import Any
 
@@ -54,15 +54,16 @@ class SharedMlpExtractor(nn.Module):
 
 class SharedMlpPolicy(ActorCriticPolicy):
     """
-    The notebook's network: shared hidden layers (by default one of 128 ReLU units) with the action head and the value
-    head on top. All other arguments are those of SB3's ``ActorCriticPolicy``.
+    The notebook's network: shared hidden layers (by default one of 128 ReLU units), with an action head and a value head.
+
+    All other arguments are those of SB3's ``ActorCriticPolicy``.
 
     :param observation_space: Observation space
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule
     :param net_arch: Sizes of the shared layers; ``[128]`` if None
     :param activation_fn: Activation after each shared layer
-    :param ortho_init: ``False`` (default): initialise as Keras does, so as the notebook did (Glorot & Bengio, 2010,
+    :param ortho_init: ``False`` (default): initialise as Keras does, and so the notebook (Glorot & Bengio, 2010,
         uniform weights; zero biases). ``True``: SB3's orthogonal initialisation
     """
 
@@ -95,8 +96,7 @@ class SharedMlpPolicy(ActorCriticPolicy):
 
     def _build_mlp_extractor(self) -> None:
         assert isinstance(self.net_arch, list)
-        # SB3's annotation names its own extractor; the interface is the same
-        self.mlp_extractor = SharedMlpExtractor(  # type: ignore[assignment]
+        self.mlp_extractor = SharedMlpExtractor(  # type: ignore[assignment]  # SB3 names its own class; same interface
             self.features_dim, self.net_arch, self.activation_fn
         ).to(self.device)
 
@@ -119,12 +119,12 @@ def rescale_value_head(policy: BasePolicy, old: ReturnStatistics, new: ReturnSta
     """
     Make a critic that was in the units of ``old`` predict the same returns in the units of ``new``.
 
-    Otherwise every update would shift all of its targets as the statistics move, and the advantages with them. This is the
+    Otherwise the predictions, and the advantages with them, would shift at every update, as the statistics move. This is the
     output preservation of PopArt (van Hasselt et al., 2016, https://arxiv.org/abs/1602.07714).
 
     :param policy: A policy whose last layer of the critic is the linear ``value_net``, as in all of SB3's; others are
         left as they are
-    :param old: The statistics that the critic was trained with; the initial ones for raw returns. Without effect if all
+    :param old: The statistics that the critic was trained with; the initial ones for raw returns. Nothing is done if all
         returns were equal
     :param new: The statistics that it will be trained with
     """
@@ -138,19 +138,36 @@ def rescale_value_head(policy: BasePolicy, old: ReturnStatistics, new: ReturnSta
         value_net.bias.mul_(scale).add_((old.mean - new.mean) / new_scale)
 
 
-def fused(optimizer: th.optim.Optimizer) -> th.optim.Optimizer:
+def fuse_adam(policy: BasePolicy) -> None:
     """
-    The same Adam in one kernel, which is several times faster for small networks, unless ``optimizer_kwargs`` chose otherwise.
+    Run the Adam that SB3 has made in one kernel, which is several times faster for small networks.
 
-    :param optimizer: A new optimizer
-    :return: The fused one, or the one given where torch has no fused kernel for it
+    The optimizer object stays, and so does everything that somebody else has decided: an optimizer that the policy made in
+    its own way, parameter groups, ``fused`` or ``foreach`` in ``optimizer_kwargs``.
+
+    :param policy: A new policy on its device
     """
-    defaults = optimizer.defaults
-    has_choice = defaults.get("fused") is not None or defaults.get("foreach") is not None
-    if type(optimizer) is not th.optim.Adam or has_choice or len(optimizer.param_groups) != 1:
-        return optimizer
+    optimizer, kwargs = policy.optimizer, policy.optimizer_kwargs
+    if type(optimizer) is not th.optim.Adam or optimizer.state or len(optimizer.param_groups) != 1:
+        return
+    (group,) = optimizer.param_groups
+    parameters = list(policy.parameters())
+    settings = {name: value for name, value in group.items() if name != "params"}
     try:
-        return th.optim.Adam(optimizer.param_groups[0]["params"], **{**defaults, "fused": True})
-    except RuntimeError:
-        # Not on this device
-        return optimizer
+        made_by_sb3 = th.optim.Adam(parameters, lr=optimizer.defaults["lr"], **kwargs).defaults
+        # One parameter of each kind shows whether torch has a fused kernel for it
+        kinds = {(parameter.dtype, parameter.device) for parameter in parameters}
+        probes = [th.zeros(1, dtype=dtype, device=device, requires_grad=True) for dtype, device in kinds]
+        for probe in probes:
+            probe.grad = th.zeros_like(probe)
+        th.optim.Adam(probes, lr=0.0, fused=True).step()
+    except (RuntimeError, TypeError, ValueError):
+        return
+    is_made_by_sb3 = (
+        optimizer.defaults == settings == made_by_sb3
+        and kwargs.get("fused") is None
+        and kwargs.get("foreach") is None
+        and [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in parameters]
+    )
+    if is_made_by_sb3:
+        group["fused"] = optimizer.defaults["fused"] = True

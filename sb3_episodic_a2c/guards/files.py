@@ -25,7 +25,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     :param path: Where the file will be. Its folder is made if it is missing
     """
-    # What a link points to is replaced, not the link
+    # Replace the target of a link, not the link
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
@@ -39,7 +39,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     if os.name == "posix":
-        # The new name must reach the disk too
+        # The new name must also reach the disk
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -50,13 +50,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def temporary_path(path: Path) -> Path:
     """
     :param path: The file to be written
-    :return: Where it is written first: a hidden file in the same folder, which a process that is killed leaves behind
+    :return: Where it is written first: a hidden file in the same folder. A process that is killed leaves it there
     """
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 class SafelySaved(BaseAlgorithm):
-    """An algorithm whose saved file and whose parameters survive what goes wrong while they are replaced."""
+    """An algorithm whose saved files and parameters survive a failure while they are replaced."""
 
     def save(
         self,
@@ -74,13 +74,13 @@ class SafelySaved(BaseAlgorithm):
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
         """
-        # A Ctrl-C that comes while torch writes would end in an unrelated RuntimeError of torch
+        # torch turns a Ctrl-C while it writes into an unrelated RuntimeError
         with uninterrupted():
             if not isinstance(path, (str, pathlib.Path)):
                 super().save(path, exclude, include)
                 return
             with atomic_write(path if pathlib.Path(path).suffix else f"{path}.zip") as file:
-                super().save(file, exclude, include)  # type: ignore[arg-type]  # BinaryIO is one for all that SB3 does
+                super().save(file, exclude, include)  # type: ignore[arg-type]  # SB3 only calls what BinaryIO has
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
@@ -88,7 +88,8 @@ class SafelySaved(BaseAlgorithm):
         """
         Load parameters from a given zip-file or a nested dictionary containing parameters for different modules.
 
-        Unlike SB3's, it loads all of them or, if it raises an error, none.
+        Unlike SB3's, it loads all of them or, if it raises an error, none. As in SB3, they are those of the network and the
+        optimizer. The running statistics of the returns travel with ``save`` and ``load`` only.
 
         :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
             containing nn.Module parameters used by the policy

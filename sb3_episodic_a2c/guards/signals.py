@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which must not come while something is half done."""
+"""Ctrl-C and SIGTERM, which must not interrupt what has to be done as a whole."""
 
 import signal
 import threading
@@ -10,17 +10,17 @@ from typing import Any
 @contextmanager
 def uninterrupted() -> Iterator[Callable[[], None]]:
     """
-    Hold Ctrl-C and SIGTERM back until the block is through, for what must not be done by half.
+    Hold Ctrl-C and SIGTERM back until the end of the block, which must be done as a whole.
 
-    Only the main thread is interrupted. Job schedulers announce the end of a job by SIGTERM; unless Python handles it, it
+    Python interrupts only the main thread. Job schedulers announce the end of a job by SIGTERM; unless Python handles it, it
     ends the process at once.
 
-    :return: A function that lets through what has arrived so far, for a place where that does no harm
+    :return: A function that handles the signals received so far. Call it where an interrupt does no harm
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    # Nested, so that an exception of one of the handlers leaves none of them replaced
+    # Nested, so that an exception in one handler does not keep the other replaced
     with _held_back(signal.SIGINT) as let_sigint_through, _held_back(signal.SIGTERM) as let_sigterm_through:
 
         def let_through() -> None:
@@ -32,7 +32,7 @@ def uninterrupted() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _held_back(signal_number: signal.Signals) -> Iterator[Callable[[], None]]:
-    """Call the signal's handler, if Python has one, when the block is through."""
+    """Call the signal's handler, if Python has one, at the end of the block."""
     handler = signal.getsignal(signal_number)
     if not callable(handler):
         yield lambda: None

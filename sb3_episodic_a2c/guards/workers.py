@@ -15,7 +15,7 @@ from typing import Any
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
 
 WORKER_EXIT_SECONDS = 5.0
-"""How long a worker may take from closing its pipe to its end."""
+"""How long a worker may take from closing its pipe to its exit."""
 
 
 def base_env(env: VecEnv) -> VecEnv:
@@ -32,7 +32,7 @@ def stop_workers_if_one_died(error: BaseException | None, env: VecEnv) -> str | 
     """
     If a worker process died, stop the others, which are of no use without it.
 
-    :param error: What was raised in talking to them; None to look at once
+    :param error: What was raised in talking to them; None to look without waiting
     :param env: The environments
     :return: Which died, and how; None if all are alive, or there are none
     """
@@ -45,7 +45,7 @@ def stop_workers_if_one_died(error: BaseException | None, env: VecEnv) -> str | 
         ended = wait([process.sentinel for process in subproc_env.processes], timeout=WORKER_EXIT_SECONDS)
         for process in subproc_env.processes:
             if process.sentinel in ended:
-                # It closes its pipes a moment before it can be asked for its exit code
+                # A worker closes its pipes a moment before its exit code is known
                 process.join(WORKER_EXIT_SECONDS)
     dead = [index for index, process in enumerate(subproc_env.processes) if not process.is_alive()]
     if not dead:
@@ -56,7 +56,7 @@ def stop_workers_if_one_died(error: BaseException | None, env: VecEnv) -> str | 
         process.join()
     for remote in subproc_env.remotes:
         remote.close()
-    # `close` would wait for an answer of the dead
+    # `close` would wait for answers of dead workers
     subproc_env.waiting, subproc_env.closed = False, True
     return "; ".join(
         f"the worker process of environment {index} {_describe_exit(subproc_env.processes[index].exitcode)}" for index in dead
@@ -71,9 +71,9 @@ def _describe_exit(exit_code: int | None) -> str:
 
 def resynchronize(env: VecEnv) -> None:
     """
-    Throw away what worker processes still answer to a step that was interrupted.
+    Discard the answers of worker processes to a step that was interrupted.
 
-    Otherwise it would be taken for the answer to the next question, and every later answer would be one step late.
+    Otherwise they would be taken for the answers to the next request, and every later answer would be one step late.
 
     :param env: The environments, about to be reset
     :raises RuntimeError: A worker is dead
@@ -84,7 +84,7 @@ def resynchronize(env: VecEnv) -> None:
     try:
         if subproc_env.closed:
             raise EOFError
-        # A worker that gives this back has answered everything before
+        # A worker that returns this token has answered all earlier requests
         token = str(uuid.uuid4())
         for remote in subproc_env.remotes:
             remote.send(("set_attr", ("resynchronization_token", token)))
@@ -94,8 +94,8 @@ def resynchronize(env: VecEnv) -> None:
     except Exception as error:
         dead = stop_workers_if_one_died(error, env)
         raise RuntimeError(
-            f"The environments cannot be reset: {dead or 'their worker processes do not answer any more'}. "
-            "Give the model new ones of the same number with `model.set_env(env)`."
+            f"The environments cannot be reset: {dead or 'their worker processes no longer answer'}. "
+            "Give the model as many new ones with `model.set_env(env)`."
         ) from error
     subproc_env.waiting = False
 
@@ -123,8 +123,8 @@ def watch_workers(env: VecEnv | None) -> Iterator[None]:
     """
     Make sure that the death of a worker process is noticed.
 
-    With ``start_method="fork"`` the workers hold each other's pipes open, so that SB3 would wait for the answer of a dead
-    one for ever. A thread that sleeps until one ends then closes its pipe for good.
+    With ``start_method="fork"`` the workers hold each other's pipes open, so SB3 would wait for a dead one for ever. A thread
+    sleeps until a worker ends, and then closes its pipe for good.
 
     :param env: The environments; nothing is done unless they live in forked processes
     """
