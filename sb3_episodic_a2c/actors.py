@@ -2,8 +2,8 @@
 How actions are sampled while collecting.
 
 Values and log-probabilities are not needed there (training recomputes them), so only the actor's path is run. In a small
-network nearly all the time of a torch forward pass is the overhead of calls, of which NumPy has little: hence two actors that
-sample from one distribution.
+network nearly all the time of a torch forward pass is the overhead of calls, of which NumPy has little. So there are two
+actors, which sample from the same distribution.
 """
 
 import math
@@ -44,7 +44,7 @@ TOO_LARGE = (
 )
 
 NOISE_BLOCK = 512
-"""Random numbers that are drawn at once."""
+"""How many random numbers are drawn at once."""
 
 Sampler = Callable[[Array, Array, dict[str, Array]], Array]
 """``(output of action_net (n, k), latent of the actor (n, d), policy inputs) -> actions``."""
@@ -61,16 +61,16 @@ class Actor(Protocol):
 
     def refresh(self, plain: PlainMlp | str) -> bool:
         """
-        Look at the policy again: called before every rollout.
+        Follow changes of the policy. Called before every rollout.
 
-        :param plain: What :func:`~sb3_episodic_a2c.plain_mlp.inspect` says of it
+        :param plain: What :func:`~sb3_episodic_a2c.plain_mlp.inspect` returned for it
         :return: Whether this actor can still do what the policy does
         """
 
     def sample(self, observations: Array | dict[str, Array], policy_inputs: dict[str, Array]) -> Array:
         """
         :param observations: ``(n_envs, *obs_shape)``, or a dict of such arrays
-        :param policy_inputs: What the policy is given beside the observation, ``(n_envs, ...)`` each
+        :param policy_inputs: What the policy is given in addition to the observation, ``(n_envs, ...)`` each
         :return: ``(n_envs, *action_shape)`` actions as sampled: neither clipped nor unscaled
         """
         ...
@@ -78,7 +78,7 @@ class Actor(Protocol):
 
 def check_finite(numbers: Array) -> Array:
     """
-    Refuse what must not reach an environment. torch's distributions check their arguments for NaN only.
+    Refuse numbers that are not finite. torch's distributions check their arguments for NaN only.
 
     :param numbers: Actions, or what they are drawn from
     :return: The same
@@ -120,14 +120,14 @@ def to_env_actions(actions: Array, policy: ActorCriticPolicy, bounds: tuple[Arra
 @contextmanager
 def explained() -> Iterator[None]:
     """
-    Say in our words what torch's distributions refuse.
+    Turn the errors of torch's distributions about numbers that are not finite into one with a remedy.
 
     :raises ValueError: The numbers to sample from are not finite
     """
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        # On validating the arguments; on sampling from a categorical, and from Bernoulli's distribution
+        # The messages of validation, of sampling from a categorical, and of sampling from a Bernoulli distribution
         if any(words in str(error) for words in ("Expected parameter", "probability tensor contains", "Expected p_in")):
             raise ValueError(TOO_LARGE) from error
         raise
@@ -157,14 +157,14 @@ class TorchActor:
         inputs: dict[str, Any] = policy_inputs
         policy: Any = self.policy
         tensor = obs_as_tensor(observations, policy.device)
-        # Not inference mode: modules may keep tensors, which could then not be trained with
+        # Not inference mode: modules may keep tensors, and training could not use these
         with th.no_grad(), explained():
             base = ActorCriticPolicy if isinstance(policy, ActorCriticPolicy) else MaskableActorCriticPolicy
             if overridden_methods(policy, base, ("forward", "extract_features")):
                 # `get_distribution` would bypass the override
                 actions = policy(tensor, **inputs)[0]
             else:
-                # Its actor alone
+                # It runs the actor alone
                 actions = policy.get_distribution(tensor, **inputs).get_actions()
             return check_finite(actions.reshape(-1, *policy.action_space.shape).cpu().numpy())
 
@@ -212,14 +212,14 @@ class NumpyActor:
         self._action_net = numpy_layers([action_net])
         self._starts_with_activation = not isinstance(self.plain.actor[0], nn.Linear)
         is_gaussian = type(self.policy.action_dist) is DiagGaussianDistribution
-        # Of as many dimensions as a batch of actions: NumPy is twice as slow where these differ
+        # With as many dimensions as a batch of actions: NumPy is twice as slow where these differ
         self._log_std = to_numpy(self.policy.log_std)[None] if is_gaussian else None
         self._sample, self._draw = self._make_sampler()
         action_space: Any = self.policy.action_space
         self._is_continuous = isinstance(action_space, spaces.Box)
-        # None where the policy's flat actions are of the space's shape
+        # None where the policy's flat actions have the space's shape
         self._action_shape = action_space.shape if self._is_continuous and len(action_space.shape) != 1 else None
-        # Noise that was drawn ahead is dropped, so that a rollout depends on the generator's state at its start only
+        # Drop noise that was drawn ahead, so that a rollout depends only on the generator's state at its start
         self._noise_left: list[Array] = []
 
     def latent_and_output(self, observations: Array) -> tuple[Array, Array]:
@@ -236,7 +236,7 @@ class NumpyActor:
         # Vectors for a single observation: NumPy adds a vector to a vector three times faster than to a matrix of one row
         hidden = observations.reshape(-1) if n == 1 else observations.reshape(n, -1)
         if hidden.dtype != np.float32 or self._starts_with_activation:
-            # In the latter case a copy: the activation writes into it
+            # A copy also in the latter case, as the activation writes into it
             hidden = hidden.astype(np.float32)
         hidden = run_layers(self._layers, hidden)
         return hidden, run_layers(self._action_net, hidden).reshape(n, -1)
@@ -245,9 +245,9 @@ class NumpyActor:
         assert isinstance(observations, np.ndarray)
         latent, output = self.latent_and_output(observations)
         actions = self._sample(output, latent, policy_inputs)
-        # Discrete actions are numbers like any other, whatever they were drawn from
+        # Discrete actions are finite whatever they were drawn from
         tested = (actions if self._is_continuous else output).ravel()
-        # One dot product tells nearly always; where it overflows, each number is looked at
+        # One dot product nearly always decides; where it overflows, check each number
         if not tested.dot(tested) < math.inf:
             check_finite(tested)
         return actions
@@ -304,12 +304,12 @@ class NumpyActor:
         return (self._noise(logits.shape) < logits).astype(np.float32)
 
     def _sample_gaussian(self, means: Array, latent: Array, policy_inputs: dict[str, Array]) -> Array:
-        actions = self._noise(means.shape) * np.exp(self._log_std)  # type: ignore[arg-type]
+        actions = self._noise(means.shape) * np.exp(self._log_std)  # type: ignore[arg-type]  # set for a Gaussian
         actions += means
         return self._as_actions(actions)
 
     def _sample_gsde(self, means: Array, latent: Array, policy_inputs: dict[str, Array]) -> Array:
-        # As StateDependentNoiseDistribution.get_noise; `reset_noise` puts new matrices there
+        # As StateDependentNoiseDistribution.get_noise; `reset_noise` sets new matrices
         action_dist: Any = self.policy.action_dist
         matrices = action_dist.exploration_matrices
         if len(means) == 1 or len(means) != len(matrices):
@@ -331,7 +331,7 @@ SAMPLERS: dict[type[Distribution], tuple[Callable[..., Array], Callable[..., Arr
     MaskableCategoricalDistribution: (NumpyActor._sample_categorical, NumpyActor._draw_gumbel),
     MultiCategoricalDistribution: (NumpyActor._sample_multi_categorical, NumpyActor._draw_gumbel),
     MaskableMultiCategoricalDistribution: (NumpyActor._sample_multi_categorical, NumpyActor._draw_gumbel),
-    # A multi-categorical one of two values each
+    # One categorical of two values for each bit
     MaskableBernoulliDistribution: (NumpyActor._sample_multi_categorical, NumpyActor._draw_gumbel),
     BernoulliDistribution: (NumpyActor._sample_bernoulli, NumpyActor._draw_logistic),
     DiagGaussianDistribution: (NumpyActor._sample_gaussian, NumpyActor._draw_normal),
@@ -347,7 +347,7 @@ def make_actor(policy: ActorCriticPolicy, choice: ActorChoice, rng: np.random.Ge
     :param choice: ``"auto"``: NumPy where it is possible, otherwise torch; or one of these by name
     :param rng: Source of the random numbers of the NumPy actor
     :return: The actor
-    :raises ValueError: NumPy is asked for, but not possible
+    :raises ValueError: ``choice`` is ``"numpy"``, but NumPy is not possible
     """
     plain = inspect(policy)
     if choice == "numpy" and isinstance(plain, str):

@@ -1,7 +1,7 @@
 """
 How transitions are evaluated in training: their values, log-probabilities and entropies, and how many at a time.
 
-A small network costs torch more in calls than in arithmetic: a plain one is run without distribution objects.
+In a small network torch spends more time on calls than on arithmetic, so a plain MLP is run without distribution objects.
 """
 
 import math
@@ -24,12 +24,12 @@ Evaluations = tuple[th.Tensor, th.Tensor, th.Tensor | None]
 
 CPU_PASS_SIZE = 2048
 """
-The most transitions of one forward and backward pass on the CPU. More are slower: their activations fit into no cache, and
-take fresh memory from the operating system at every update.
+The most transitions of one forward and backward pass on the CPU. Larger passes are slower: their activations fit into no
+cache, and take fresh memory from the operating system at every update.
 """
 
 CPU_PASS_NUMBERS = 2**22
-"""The most numbers that the observations of such a pass consist of, as the activations of images are larger."""
+"""The most numbers in the observations of such a pass: the activations of images are larger."""
 
 
 def pass_size(policy: ActorCriticPolicy, n_transitions: int, batch_size: int | None) -> int | None:
@@ -119,7 +119,7 @@ def predict_values(policy: ActorCriticPolicy, observations: Array | dict[str, Ar
 
 def is_truncated(info: dict[str, Any]) -> bool:
     """
-    :param info: What an environment says at the end of an episode
+    :param info: The info of the last step of an episode
     :return: Whether a time limit cut it, and the last observation is known
     """
     return bool(info.get("TimeLimit.truncated")) and info.get("terminal_observation") is not None

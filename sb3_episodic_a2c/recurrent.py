@@ -21,11 +21,11 @@ from sb3_episodic_a2c.plain_mlp import BYPASSED_BY_SEQUENCES, overridden_methods
 from sb3_episodic_a2c.samples import EpisodicRolloutBufferSamples
 
 UNSUPPORTED_LSTM_KWARGS = ("batch_first", "bidirectional", "proj_size")
-"""Arguments of ``nn.LSTM`` that change the shapes of its inputs, outputs or states, which sb3-contrib's policies build on."""
+"""Arguments of ``nn.LSTM`` that change the shapes of its inputs, outputs or states, which sb3-contrib's policies rely on."""
 
 
 class _IntegerFeatures(ActorCriticPolicy):
-    """SB3 counts the features of MultiDiscrete observations in NumPy's integers, which torch's LSTM does not take."""
+    """Gives torch's LSTM Python integers: SB3 counts the features of MultiDiscrete observations in NumPy's."""
 
     def make_features_extractor(self) -> BaseFeaturesExtractor:
         features_extractor = super().make_features_extractor()
@@ -34,31 +34,36 @@ class _IntegerFeatures(ActorCriticPolicy):
 
 
 class MlpLstmPolicy(_IntegerFeatures, RecurrentActorCriticPolicy):
-    """sb3-contrib's, which also takes MultiDiscrete observations."""
+    """sb3-contrib's policy, which here also accepts MultiDiscrete observations."""
 
 
 class MultiInputLstmPolicy(_IntegerFeatures, RecurrentMultiInputActorCriticPolicy):
-    """sb3-contrib's, which also takes MultiDiscrete observations."""
+    """sb3-contrib's policy, which here also accepts MultiDiscrete observations."""
 
 
 class RecurrentEpisodicA2C(EpisodicA2C):
     """
     Episodic A2C with LSTM policies (Hochreiter & Schmidhuber, 1997), for environments that are only partially observable.
 
-    An update takes whole episodes, and an episode starts with an empty memory. So the LSTM runs over each from a zero
-    state and gradients reach back to its first step: no hidden states are stored. Episodes of unequal length are run
-    side by side without padding. With ``"carry"``, an episode that runs on across an update goes on from the state that the
-    new parameters have after what it has seen so far, as training will see it: its head is run through the LSTM once more at
-    every update that it outlasts.
+    An update takes whole episodes, and an episode starts with an empty memory. So the LSTM runs over each episode from a zero
+    state, gradients reach back to its first step, and no hidden states are stored. Episodes of unequal length are run side by
+    side without padding.
+
+    With ``partial_episodes="carry"``, an episode that outlasts an update goes on from the state that the new parameters give
+    it, which is what training will compute: its steps so far are run through the LSTM again at every such update. The cost
+    grows with the square of an episode that is much longer than the others. With ``"discard"`` nothing is run again.
 
     Where it differs from :class:`EpisodicA2C`: sb3-contrib's recurrent policies, whose ``lstm_hidden_size``,
     ``n_lstm_layers``, ``enable_critic_lstm``, ``shared_lstm`` and ``lstm_kwargs`` belong in ``policy_kwargs``; ``predict``
     takes and returns states; ``batch_size`` cuts between episodes only, and one longer than that is a pass of its own.
-    Where it differs from RecurrentPPO: backpropagation through time is not cut at ``n_steps``.
+    ``EpisodicA2C`` refuses these policies, because it would train them without a memory. Where it differs from RecurrentPPO:
+    backpropagation through time is not cut at ``n_steps``.
 
     The arguments are those of :class:`EpisodicA2C`, with the policies ``"MlpLstmPolicy"``, ``"CnnLstmPolicy"``,
-    ``"MultiInputLstmPolicy"``, or a subclass of sb3-contrib's ``RecurrentActorCriticPolicy``. It may have other layers, but
-    no other way through them: one that overrides ``forward``, say, or ``evaluate_actions`` is refused.
+    ``"MultiInputLstmPolicy"``, or a subclass of sb3-contrib's ``RecurrentActorCriticPolicy``. A subclass may have other
+    layers. It is refused if it overrides ``forward``, ``get_distribution``, ``predict_values``, ``evaluate_actions`` or
+    ``_process_sequence``, which would not be called. ``lstm_kwargs`` that change shapes are refused as well (``batch_first``,
+    ``bidirectional``, ``proj_size``).
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -81,23 +86,23 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         for name in UNSUPPORTED_LSTM_KWARGS:
             if lstm_kwargs.get(name):
                 raise ValueError(
-                    f"`lstm_kwargs` of `policy_kwargs` has {name}={lstm_kwargs[name]!r}, for which the policy is not made: "
-                    f"leave {name} out."
+                    f"`lstm_kwargs` of `policy_kwargs` has {name}={lstm_kwargs[name]!r}, which changes shapes that the "
+                    f"policy relies on: leave {name} out."
                 )
         super()._setup_model()
         self._lstm_states: RNNStates | None = None
-        """Of the running episodes, after their last step; ``(n_layers, n_envs, hidden_size)`` each."""
+        """States of the running episodes after their last step, ``(n_layers, n_envs, hidden_size)`` each."""
 
     def _excluded_save_params(self) -> list[str]:
-        # They belong to episodes in flight, which are not saved either
+        # They belong to running episodes, which are not saved
         return [*super()._excluded_save_params(), "_lstm_states"]
 
     def _start_rollout(self, env: VecEnv) -> None:
-        # The policy may be another one by now
+        # The policy may have been replaced since
         _refuse_overridden(self.policy)
         lstm = self.policy.lstm_actor
         with th.no_grad():
-            # One tensor would do for all of them, were they not zeroed in place
+            # Four tensors, as each is zeroed in place
             zeros = [th.zeros(lstm.num_layers, env.num_envs, lstm.hidden_size, device=self.device) for _ in range(4)]
             self._lstm_states = RNNStates(pi=(zeros[0], zeros[1]), vf=(zeros[2], zeros[3]))
             for running in self.rollout_buffer.get_running(self.batch_size):
@@ -105,9 +110,9 @@ class RecurrentEpisodicA2C(EpisodicA2C):
 
     def _recall(self, running: RunningEpisodes) -> None:
         """
-        Run the LSTMs over what episodes have seen so far: the parameters may be others than those that it was sampled with.
+        Run the LSTMs over the running episodes so far: the parameters may have changed since their actions were sampled.
 
-        :param running: Heads of the running episodes, or of some of them
+        :param running: The steps so far of the running episodes, or of some of them
         """
         policy = self.policy
         assert self._lstm_states is not None
@@ -118,7 +123,7 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         if policy.lstm_critic is not None and self.handle_timeout_termination:
             runs.append((policy.lstm_critic, features_vf, self._lstm_states.vf))
 
-        # At their first step all episodes are running, each in the place that it keeps
+        # All episodes run at the first step, and keep the place that they have there
         places = positions[np.cumsum(running.episode_lengths) - running.episode_lengths]
         for lstm, features, states in runs:
             _, last_states = _run_lstm(lstm, features, pieces)
@@ -140,10 +145,10 @@ class RecurrentEpisodicA2C(EpisodicA2C):
             features_pi, features_vf = _extract_features(policy, obs_as_tensor(observations, self.device))
             latent_pi, states_pi = policy.lstm_actor(features_pi.unsqueeze(0), states_pi)
             if policy.lstm_critic is None:
-                # What a critic that shares the actor's LSTM goes on from; one without any ignores it
+                # A critic that shares the actor's LSTM goes on from its state; one without an LSTM ignores it
                 states_vf = states_pi
             elif self.handle_timeout_termination:
-                # The only thing that the critic's state is needed for: training recomputes the values
+                # Only values at time limits need the critic's state: training recomputes all values
                 _, states_vf = policy.lstm_critic(features_vf.unsqueeze(0), states_vf)
             self._lstm_states = RNNStates(pi=states_pi, vf=states_vf)
 
@@ -157,7 +162,7 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         assert self._lstm_states is not None
         with th.no_grad():
             indices = th.as_tensor(env_indices, device=self.device)
-            # Not yet zeroed for the episode that follows: that happens when its first action is sampled
+            # Still the states of the finished episodes: they are zeroed when the next action is sampled
             hidden, cell = (state[:, indices] for state in self._lstm_states.vf)
             values = self.policy.predict_values(
                 obs_as_tensor(observations, self.device),  # type: ignore[arg-type]  # sb3-contrib forgets dicts
@@ -173,7 +178,7 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         to_steps = th.as_tensor(np.argsort(positions), device=self.device)
         to_episodes = th.as_tensor(positions, device=self.device)
 
-        # 2. The LSTMs alone see time, all else works on flat tensors
+        # 2. Only the LSTMs depend on time. Everything else works on flat tensors
         features_pi, features_vf = _extract_features(policy, _take(samples.observations, to_steps))
         latent_pi, _ = _run_lstm(policy.lstm_actor, features_pi, pieces)
         latent_vf = self._critic_latent(features_vf, pieces, latent_pi)
@@ -182,7 +187,7 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         log_prob = distribution.log_prob(samples.actions[to_steps])
         entropy = distribution.entropy()
 
-        # 3. And back
+        # 3. Back to episodes concatenated
         return values[to_episodes], log_prob[to_episodes], None if entropy is None else entropy[to_episodes]
 
     def _critic_latent(self, features_vf: th.Tensor, pieces: list[tuple[int, int]], latent_pi: th.Tensor | None) -> th.Tensor:
@@ -211,7 +216,7 @@ class RecurrentEpisodicA2C(EpisodicA2C):
 
 def _refuse_overridden(policy: RecurrentActorCriticPolicy | type[BasePolicy]) -> None:
     """
-    Refuse methods that would silently not be called.
+    Refuse overridden methods, which would silently not be called.
 
     :param policy: A policy, or its class
     :raises ValueError: It names them and the remedy

@@ -96,7 +96,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         batch_size is None or _is_integer(batch_size, 1),
         "It must be an integer >= 1 (transitions per pass), or None for all at once.",
     )
-    # `load` knows it by another name only
+    # A loaded model has it under another name
     stats_window_size = arguments.get("stats_window_size", 1)
     check("stats_window_size", _is_integer(stats_window_size, 1), "It must be an integer >= 1 (episodes), e.g. 100.")
     check("actor", arguments["actor"] in get_args(ActorChoice), f"It must be one of {get_args(ActorChoice)}.")

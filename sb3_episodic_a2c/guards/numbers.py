@@ -1,4 +1,4 @@
-"""Numbers that are not finite: where they come from, and what they have spoilt."""
+"""Numbers that are not finite: where they come from, and what they spoil."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ def check_policy_input(
     observations: np.ndarray | dict[str, np.ndarray], steps: np.ndarray, tensors: Iterable[tuple[str, th.Tensor]]
 ) -> None:
     """
-    Look for the reason why no action could be sampled.
+    Find the reason why no action could be sampled.
 
     :param observations: ``(n_envs, *obs_shape)``, or a dict of such arrays: what the policy was given
     :param steps: ``(n_envs,)`` steps that the environments have made in their running episodes
@@ -52,7 +52,7 @@ def check_policy_input(
 
 def check_rewards(rewards: np.ndarray, steps: np.ndarray) -> None:
     """
-    Refuse rewards that would spoil what the rewards of all environments are normalized by.
+    Refuse rewards that are not finite: they would spoil the statistics that normalize the rewards of all environments.
 
     :param rewards: ``(n_envs,)`` as the environments gave them
     :param steps: ``(n_envs,)`` steps that they had made in their running episodes
@@ -78,8 +78,8 @@ def check_gradient(parameters: Sequence[nn.Parameter], step: str) -> th.Tensor:
     """
     if not parameters:
         raise ValueError(
-            "No parameter of `policy.optimizer` has a gradient: are all frozen, or was the policy replaced after the "
-            "optimizer was made? Make a new one with the parameters of `model.policy` that are to be trained."
+            "No parameter of `policy.optimizer` has a gradient: all are frozen, or the policy was replaced after the "
+            "optimizer was made. Make a new optimizer of the parameters of `model.policy` that are to be trained."
         )
     # As `th.nn.utils.get_total_norm`, for parameters that are all on one device
     gradients = [parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]

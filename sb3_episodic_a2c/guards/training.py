@@ -1,4 +1,4 @@
-"""What an error in ``learn`` leaves behind: a model as after its last update, and the environment that caused it."""
+"""What an error in ``learn`` leaves: the model as after its last update, and the name of the environment that caused it."""
 
 import traceback
 import warnings
@@ -17,14 +17,14 @@ from sb3_episodic_a2c.guards.workers import base_env, stop_workers_if_one_died, 
 @contextmanager
 def guarded_training(model: Any) -> Iterator[None]:
     """
-    Whatever ends the training, Ctrl-C included, leaves the model as it was after its last update.
+    Leave the model as it was after its last update, whatever ends the training, Ctrl-C included.
 
-    The next ``learn`` resets the environments. Where an environment raised the error, a note says which.
+    The next ``learn`` resets the environments. If an environment raised the error, a note names it.
 
     :param model: The :class:`EpisodicA2C` that learns in the block
     :raises RuntimeError: A worker process died
     """
-    # Of this thread. Ctrl-C may come while torch switches it for a while
+    # A setting of this thread. Ctrl-C may come while torch has switched it for a while
     is_grad_enabled = th.is_grad_enabled()
     try:
         with watch_workers(model.env):
@@ -52,10 +52,10 @@ def _abandon_rollout(model: Any, env: VecEnv, error: BaseException) -> None:
     if death is not None:
         raise RuntimeError(
             f"Training ended because {death}, at step {steps.tolist()} of the environments' episodes, {where}, "
-            "so give it new ones of the same number with `model.set_env(env)` before."
+            "so first give it as many new ones with `model.set_env(env)`."
         ) from error
     index = find_environment(error, env)
-    # Python 3.10 has no notes
+    # Exceptions have notes since Python 3.11
     if index is not None and hasattr(error, "add_note"):
         error.add_note(f"Raised by environment {index} at step {steps[index]} of its episode, {where}.")
 
@@ -67,7 +67,7 @@ def raise_if_not_finite(model: Any, error: Exception) -> None:
     :raises ValueError: The cause is a number that is not finite: it names the environment and the step, or the parameter
     """
     vec_normalize = model.get_vec_normalize_env()
-    # One environment spoils the statistics that the observations of all are normalized by
+    # Normalized ones do not tell: one environment spoils the statistics that normalize the observations of all
     observations = model._last_obs if vec_normalize is None else vec_normalize.get_original_obs()
     assert observations is not None
     tensors = [*model.policy.named_parameters(), *model.policy.named_buffers()]
@@ -79,7 +79,7 @@ def raise_if_not_finite(model: Any, error: Exception) -> None:
 
 def warn_of_no_episode(algorithm: str, total_timesteps: int, n_envs: int) -> None:
     """
-    Nothing was learned.
+    Warn that nothing was learned.
 
     :param algorithm: Name of the algorithm
     :param total_timesteps: The budget of ``learn``
@@ -102,7 +102,7 @@ def find_environment(error: BaseException, env: VecEnv) -> int | None:
     """
     dummy_env = base_env(env)
     if isinstance(dummy_env, DummyVecEnv):
-        # SB3 steps them in turn, and its frame is the only place that says whose turn it was
+        # SB3 steps them in turn, and only its stack frame tells which one
         for frame, _ in traceback.walk_tb(error.__traceback__):
             if frame.f_locals.get("self") is dummy_env and "env_idx" in frame.f_locals:
                 return frame.f_locals["env_idx"]

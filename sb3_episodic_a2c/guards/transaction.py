@@ -14,8 +14,8 @@ class Transaction:
     """
     Changes that are kept together, or undone together.
 
-    Whatever leaves the block, an exception or Ctrl-C, undoes what was changed, unless :meth:`commit` was called. Signals wait
-    for :meth:`let_signals_through`, so no second one can come while changes are undone.
+    The end of the block, also by an exception or Ctrl-C, undoes the changes, unless :meth:`commit` was called. Signals wait
+    for :meth:`let_signals_through` or the end of the block, so none can interrupt the undoing.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Transaction:
         try:
             self._undo.close()
         finally:
-            # Signals that arrived are handled here
+            # Held-back signals are handled here
             self._signals.__exit__(*exc_details)
 
 
