@@ -58,7 +58,7 @@ def arguments_of(algorithm: type[Any], policy: str, policy_kwargs: dict[str, Any
 
 
 class UnmaskedEnv(gym.Env):
-    """All actions are valid, and it says so to the masked variant."""
+    """All actions are valid, which its masks tell the masked variant."""
 
     def action_masks(self) -> np.ndarray:
         return np.ones(sum(count_choices(self.action_space)), dtype=bool)

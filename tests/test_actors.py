@@ -113,7 +113,7 @@ N_SAMPLES = 20_000
 def samples(
     actor: Any, observation: np.ndarray, policy_inputs: dict[str, np.ndarray] | None = None, n_envs: int = 200
 ) -> np.ndarray:
-    """``(N_SAMPLES, ...)`` actions for one observation: several environments at a time, and one for the last ones."""
+    """``(N_SAMPLES, ...)`` actions for one observation: most from several environments at a time, the last from one."""
     inputs = policy_inputs or {}
     parts = []
     for n, times in ((n_envs, N_SAMPLES // n_envs - 5), (1, 5 * n_envs)):
@@ -129,7 +129,7 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, in
     order = probabilities.argsort()
     counts, expected = counts[order], probabilities[order].astype(np.float64)
     expected *= counts.sum() / expected.sum()
-    # Rare ones are lumped together, and with the next where these are too few, as the test asks for
+    # The test needs at least 5 expected of each: rare actions are pooled, with the next one if they are still too few
     n_lumped = max((expected < 5).sum(), np.searchsorted(expected.cumsum(), 5) + 1)
     counts, expected = (np.append(numbers[:n_lumped].sum(), numbers[n_lumped:]) for numbers in (counts, expected))
     return stats.chisquare(counts, expected).statistic, len(counts) - 1
@@ -251,7 +251,7 @@ def test_gaussian_moments(choice: Any, seed: int) -> None:
         assert stats.kstest(flat[:, dimension], "norm", args=(mean, std)).pvalue > 1e-4
     correlations = np.corrcoef(flat.T) - np.eye(4)
     assert np.abs(correlations).max() < 4 / np.sqrt(N_SAMPLES)
-    # One after the other neither
+    # Nor are successive actions correlated
     assert abs(np.corrcoef(flat[:-1, 0], flat[1:, 0])[0, 1]) < 4 / np.sqrt(N_SAMPLES)
 
 
@@ -259,7 +259,7 @@ def test_gaussian_moments(choice: Any, seed: int) -> None:
 @pytest.mark.parametrize("full_std", [True, False])
 @pytest.mark.parametrize("n_envs", [1, 4, 7])
 def test_gsde_actions_are_torchs(squash_output: bool, full_std: bool, n_envs: int) -> None:
-    """gSDE's noise is a function of the policy's exploration matrices: the very actions are the same."""
+    """gSDE's noise is a function of the policy's exploration matrices, so the actions are equal."""
     policy = make_policy(spaces.Box(-1, 1, (2,)), use_sde=True, squash_output=squash_output, full_std=full_std, net_arch=[8])
     observations = np.random.default_rng(0).normal(size=(n_envs, 3)).astype(np.float32)
     actor = make_actor(policy, "numpy", np.random.default_rng(0))
@@ -298,7 +298,7 @@ def outputs(model: EpisodicA2C) -> tuple[np.ndarray, np.ndarray]:
     assert isinstance(actor, NumpyActor)
     with th.no_grad():
         features = model.policy.extract_features(th.as_tensor(observations), model.policy.pi_features_extractor)
-        expected = model.policy.action_net(model.policy.mlp_extractor.forward_actor(features)).numpy()  # type: ignore[arg-type]
+        expected = model.policy.action_net(model.policy.mlp_extractor.forward_actor(features)).numpy()
     return actor.latent_and_output(observations)[1].copy(), expected.copy()
 
 
@@ -346,7 +346,7 @@ CHANGES = [
 
 
 def pretend_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is none here: copies instead of views, which is what an actor makes there."""
+    """There is none here. An actor for another device makes copies instead of views, so this one does."""
     for module in (actors, plain_mlp):
         monkeypatch.setattr(module, "to_numpy", lambda tensor: tensor.detach().cpu().numpy().copy())
     monkeypatch.setattr(plain_mlp, "_is_on_cpu", lambda layer: False)
@@ -408,7 +408,7 @@ def test_a_replaced_module_or_policy_is_seen_at_the_next_rollout(tmp_path: Any) 
     model.policy = EpisodicA2C("MlpPolicy", "CartPole-v1", seed=5, device="cpu").policy
     model.learn(100)
     np.testing.assert_allclose(*outputs(model), rtol=1e-5, atol=1e-5)
-    # What NumPy cannot do
+    # NumPy cannot run this policy
     model.policy.mlp_extractor.policy_net[1] = nn.Dropout(0.1)
     model.learn(100)
     assert isinstance(model._actor, TorchActor)
@@ -425,7 +425,7 @@ class OwnDistribution(ActorCriticPolicy):
 
 
 class OwnSampling(ActorCriticPolicy):
-    """As people do it who mask or explore in a way of their own: SB3 collects with `forward`."""
+    """Overrides `forward`, as users do to mask or explore: SB3 collects with it."""
 
     n_calls = 0
 
@@ -469,7 +469,7 @@ def test_actions_come_from_the_features_that_training_sees() -> None:
     observations = np.array([[0.5, -1.0, 0.3, 1.0]], np.float32)
     _, log_prob, _ = policy.evaluate_actions(th.as_tensor(observations), th.zeros(1))
     expected = log_prob.exp().item()
-    # With the features as they are, the other action is the likely one
+    # With the features of the base class, the other action is the likely one
     _, plain_log_prob, _ = policy.evaluate_actions(th.as_tensor(-observations), th.zeros(1))
     assert abs(plain_log_prob.exp().item() - expected) > 0.5
     actions = [int(model._sample_actions(observations, {})[0]) for _ in range(500)]
@@ -504,13 +504,13 @@ def test_the_torch_actor_runs_the_actor_alone(
     model.policy.mlp_extractor.value_net.register_forward_hook(refuse)
     monkeypatch.setattr(type(model.policy.action_dist), "log_prob", refuse)
     assert model.env is not None
-    assert len(model._sample_actions(model.env.reset(), {})) == 2  # type: ignore[arg-type]
+    assert len(model._sample_actions(model.env.reset(), {})) == 2
     # Modules that keep a tensor can still be trained with it
     assert modes == [(False, False)]
 
 
 def test_distributions_check_their_arguments_also_while_collecting() -> None:
-    """The setting is one for the whole process: another thread may rely on it."""
+    """Validation is set for the whole process: another thread may rely on it."""
     model = EpisodicA2C("MlpPolicy", "CartPole-v1", device="cpu", actor="torch")
     get_distribution, checks = model.policy.get_distribution, []
 
@@ -519,7 +519,7 @@ def test_distributions_check_their_arguments_also_while_collecting() -> None:
         checks.append(distribution.distribution._validate_args)
         return distribution
 
-    model.policy.get_distribution = watched  # type: ignore[method-assign]
+    model.policy.get_distribution = watched
     model.learn(50)
     assert checks == [True] * 50
     logits_of_nan = th.tensor([np.nan, 0.0])
@@ -562,7 +562,7 @@ def test_actions_are_clipped_in_each_of_their_dimensions(choice: Any, n_envs: in
     for index, env in enumerate(envs):
         expected = np.stack([np.clip(actions[index], env.action_space.low, env.action_space.high) for actions in sampled])
         np.testing.assert_array_equal(np.stack(env.actions), expected)
-    # All limits were met
+    # Actions reached all limits
     flat = np.concatenate([env.actions for env in envs])
     assert (flat.max(axis=0) == Steps.action_space.high).all() and (flat.min(axis=0) == Steps.action_space.low).all()
     assert np.stack(sampled).std(axis=(0, 1)) == pytest.approx(np.e, rel=0.3)
@@ -684,7 +684,7 @@ def test_a_changed_module_is_seen_at_the_next_rollout(change: Any, actor: str) -
 
 def test_the_choice_is_said_and_can_be_forced(capsys: pytest.CaptureFixture, tmp_path: Any) -> None:
     for actor, name in (("auto", "numpy"), ("numpy", "numpy"), ("torch", "torch")):
-        model = EpisodicA2C("MlpPolicy", "CartPole-v1", actor=actor, verbose=1, device="cpu")  # type: ignore[arg-type]
+        model = EpisodicA2C("MlpPolicy", "CartPole-v1", actor=actor, verbose=1, device="cpu")
         assert f"Sampling actions with the {name} actor" in capsys.readouterr().out
         assert model._actor.name == name
         model.save(tmp_path / "model")
@@ -717,7 +717,7 @@ def test_numpy_and_torch_actors_start_from_the_same_network() -> None:
     """The random numbers of sampling are drawn after the network is initialised, as in A2C."""
     networks = [
         EpisodicA2C("MlpPolicy", "CartPole-v1", actor=actor, seed=3).policy.state_dict() for actor in ("numpy", "torch")
-    ]  # type: ignore[arg-type]
+    ]
     assert all(th.equal(networks[0][name], networks[1][name]) for name in networks[0])
 
 

@@ -23,7 +23,7 @@ LAYERS = [
     {"tools"},
     {"__main__"},
 ]
-"""From the bottom to the top. A module imports from layers below its own, `guards` and `tools` from each other too."""
+"""From the bottom to the top. A module imports from layers below its own. Those of `guards` or `tools` import each other."""
 
 
 def module_of(path: Path) -> str:
@@ -67,7 +67,7 @@ def test_one_loop_one_train_step(path: Path) -> None:
 
 
 def test_one_module_knows_the_inside_of_rl_zoo() -> None:
-    """Its registers, its manager and its bugs, whichever way it is imported; elsewhere its name only is known."""
+    """Its registers, its manager and its bugs. Other modules only mention its name."""
     inside = [path.name for path in FILES if re.search(r"(import|from) rl_zoo3|rl_zoo3\.", path.read_text())]
     assert inside == ["zoo.py"]
 

@@ -18,7 +18,7 @@ from sb3_episodic_a2c import EpisodicA2C, SharedMlpPolicy
 
 
 class AnyEnv(gym.Env):
-    """An environment of which only the spaces matter."""
+    """An environment that is used for its spaces only."""
 
     def __init__(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
         self.observation_space, self.action_space = observation_space, action_space
@@ -88,7 +88,7 @@ def test_numpy_numbers_are_numbers() -> None:
         batch_size=np.int32(8),
         learning_rate=0,
         ent_coef=-0.1,
-    )  # type: ignore[arg-type]
+    )
     model.learn(100)
 
 
@@ -230,7 +230,7 @@ class BreaksOnce(AnyEnv):
             r"Environment 0 gave an observation.*step 2 of its episode.*inf.*VecCheckNan",
         ),
         (
-            # To tanh, infinity is a number like any other: noticed once the episode is over
+            # tanh makes a finite number of infinity: noticed at the end of the episode
             BreaksOnce(broken_observation=np.array([np.inf, 0.1])),
             r"Environment 0 gave an observation.*step 2 of an episode of 4.*inf.*VecCheckNan",
         ),
@@ -249,6 +249,6 @@ def test_what_is_not_finite_never_reaches_training(env: gym.Env, message: str) -
     assert np.isfinite(model.return_statistics.mean)
     assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
     model.predict(np.zeros(2, np.float32))
-    # The environment broke once only: training goes on
+    # The environment breaks only once: training goes on
     model.learn(100, reset_num_timesteps=False)
     assert model._n_updates == 2 + 25

@@ -146,13 +146,13 @@ def test_buffer_equals_a_brute_force_reference(
         if batch_size is not None:
             assert all(len(sample.actions) == batch_size for sample in samples[:-1])
             assert len(samples[-1].actions) <= batch_size
-        positions = th.cat([s.observations["position"] if is_dict else s.observations for s in samples]).numpy()  # type: ignore[index, arg-type]
+        positions = th.cat([s.observations["position"] if is_dict else s.observations for s in samples]).numpy()
         np.testing.assert_array_equal(positions, np.array([step[:2] for step in transitions], dtype=np.float32))
         if is_dict:
-            images = th.cat([s.observations["image"] for s in samples])  # type: ignore[index]
+            images = th.cat([s.observations["image"] for s in samples])
             assert images.dtype == th.uint8
             assert images[:, 0, 1, 1].tolist() == [step[1] % 256 for step in transitions]
-            modes = th.cat([s.observations["mode"] for s in samples])  # type: ignore[index]
+            modes = th.cat([s.observations["mode"] for s in samples])
             assert modes.shape == (len(transitions), 1)
             assert modes[:, 0].tolist() == [(step[0] + step[1]) % 7 for step in transitions]
         assert th.cat([s.actions for s in samples]).tolist() == [step[2] for step in transitions]
@@ -205,7 +205,7 @@ def test_one_environment_reuses_its_rows_and_never_grows_beyond_the_longest_epis
             buffer.add(np.full((1, 2), t, np.float32), np.zeros(1, np.int64), np.ones(1, np.float32), {})
         buffer.close_episodes(np.array([0]), np.zeros(1))
         buffer.finish_rollout(buffer.compute_returns(1.0))
-        np.testing.assert_array_equal(buffer.observations[:, 0, 0], np.arange(length))  # type: ignore[index]
+        np.testing.assert_array_equal(buffer.observations[:, 0, 0], np.arange(length))
         if memory is not None:
             assert np.shares_memory(memory, buffer._rows["observations"])
         if length >= 60:
@@ -224,7 +224,7 @@ def test_rows_are_moved_a_constant_number_of_times_while_one_episode_never_ends(
         make_room()
         n_moved += buffer._row
 
-    buffer._make_room = count  # type: ignore[method-assign]
+    buffer._make_room = count
     for t in range(20_000):
         buffer.start_rollout()
         buffer.add(np.full((2, 2), t, np.float32), np.zeros(2, np.int64), np.ones(2, np.float32), {})
@@ -246,7 +246,7 @@ def test_public_arrays_outlive_the_next_rollout() -> None:
         buffer.close_episodes(np.array([0]), np.zeros(1))
         buffer.finish_rollout(buffer.compute_returns(1.0))
         kept.append(buffer.observations)
-    assert [int(observations[0, 0, 0]) for observations in kept] == [0, 1]  # type: ignore[index]
+    assert [int(observations[0, 0, 0]) for observations in kept] == [0, 1]
 
 
 @pytest.mark.parametrize("reward", [np.nan, np.inf, -np.inf])

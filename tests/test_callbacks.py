@@ -56,7 +56,7 @@ def test_needs_all_its_episodes_before_it_may_stop() -> None:
 
 @pytest.mark.parametrize("n_envs, stopped_at", [(1, 11), (1, 22), (1, 26), (3, 12)])
 def test_goes_on_with_a_resumed_model(n_envs: int, stopped_at: int, tmp_path: Path) -> None:
-    """The training is solved where the one that was never stopped is, also if that was where it stopped."""
+    """It is solved at the same step as a training that was never stopped, even if it was stopped at that step."""
 
     def make_callback() -> StopTrainingOnSolved:
         return StopTrainingOnSolved(reward_threshold=10, n_episodes=5)
@@ -85,7 +85,7 @@ class UnrewardedEnv(RisingEnv):
 
 @pytest.mark.parametrize("stopped_at", [60, 64, 124])
 def test_episodes_that_end_at_the_same_step_count_together(stopped_at: int) -> None:
-    """A resumed model knows only what the last episodes were after the step."""
+    """A resumed model knows the last episodes only as they were after the step."""
     model = EpisodicA2C("MlpPolicy", VecMonitor(DummyVecEnv([RisingEnv, UnrewardedEnv])), device="cpu")
     callback = StopTrainingOnSolved(reward_threshold=10, n_episodes=3)
     model.learn(stopped_at)

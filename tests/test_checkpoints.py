@@ -34,7 +34,7 @@ from tests.variant_envs import make_random_envs
 
 
 def state_of(model: Any) -> dict[str, Any]:
-    """All that the future of a training depends on, as far as it can be compared."""
+    """Everything that the rest of a training depends on, as far as it can be compared."""
     buffer = model.rollout_buffer
     state = {
         "parameters": model.policy.state_dict(),
@@ -81,7 +81,7 @@ class CheckpointEveryUpdate(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         self.paths.append(self.folder / f"{len(self.paths)}.zip")
-        save_checkpoint(self.model, self.paths[-1])  # type: ignore[arg-type]
+        save_checkpoint(self.model, self.paths[-1])
 
 
 class RandomizedEnv(TargetEnv):
@@ -89,7 +89,7 @@ class RandomizedEnv(TargetEnv):
 
     def __init__(self) -> None:
         super().__init__(action_space=spaces.Discrete(3))
-        # Else it would be seeded by the operating system when it is first used
+        # Otherwise the operating system would seed it at its first use
         self.action_space.seed(0)
 
     def step(self, action: Any) -> Any:
@@ -162,21 +162,21 @@ def test_goes_on_as_if_never_stopped(setting: str, n_envs: int, partial_episodes
         n_in_flight += resumed.rollout_buffer.running_steps.sum()
         resumed.learn(700 - resumed.num_timesteps, reset_num_timesteps=False)
         assert_same(state_of(resumed), expected)
-    # All episodes of Pendulum are as long
+    # All episodes of Pendulum have the same length
     assert (n_in_flight > 0) == (n_envs > 1 and partial_episodes == "carry" and setting != "gsde")
 
 
 @pytest.mark.parametrize("partial_episodes", ["carry", "discard"])
 @pytest.mark.parametrize("setting", ["normalized", "recurrent"])
 def test_between_two_calls_of_learn(setting: str, partial_episodes: str, tmp_path: Path) -> None:
-    """Where a budget ends, it ends in the midst of an episode."""
+    """The budget ends within an episode."""
     model = make_model(setting, 3, partial_episodes=partial_episodes)
     model.learn(400)
     assert model.rollout_buffer.running_steps.any()
     save_checkpoint(model, tmp_path / "checkpoint")
     model.learn(300, reset_num_timesteps=False)
     expected = state_of(model)
-    # The suffix may be left out there too
+    # The suffix is optional here as well
     resumed = load_checkpoint(tmp_path / "checkpoint", device="cpu")
     resumed.learn(300, reset_num_timesteps=False)
     assert_same(state_of(resumed), expected)
@@ -228,7 +228,7 @@ def test_monitor_files_go_on_where_the_checkpoint_was_made(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("lost", ["all", "head", "rows", "half a row"])
 def test_monitor_files_that_have_lost_their_end(lost: str, tmp_path: Path) -> None:
-    """As after a crash of the machine, or where nobody has kept them: they can be read, and the training is the same."""
+    """After a crash of the machine, or without the files: they can be read, and the training is the same."""
     env = make_vec_env("CartPole-v1", 1, seed=1, monitor_dir=str(tmp_path / "monitor"))
     model = EpisodicA2C("MlpPolicy", env, seed=0, device="cpu").learn(200)
     save_checkpoint(model, tmp_path / "checkpoint.zip")
@@ -291,7 +291,7 @@ def test_subprocess_environments_start_fresh_episodes(tmp_path: Path) -> None:
 
 
 def test_box2d_environments_start_fresh_episodes(tmp_path: Path) -> None:
-    """Their EzPickle would pickle, but only the arguments of the constructor: an environment that was never reset."""
+    """Their EzPickle would keep only the arguments of the constructor: an environment that was never reset."""
     model = EpisodicA2C("MlpPolicy", make_vec_env("LunarLander-v3", 1, seed=1), seed=0, device="cpu").learn(300)
     with pytest.warns(UserWarning, match=r"cannot be part of the checkpoint \(.*Swig.*\)"):
         save_checkpoint(model, tmp_path / "checkpoint.zip")
@@ -341,7 +341,7 @@ def test_callback_keeps_the_last_ones(tmp_path: Path, capsys: pytest.CaptureFixt
     assert names[-1].endswith("_1000_steps.zip")
     written = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Saved checkpoint")]
     steps = [int(line.split("_")[-2]) for line in written]
-    # At the first update behind every 100 steps; episodes of CartPole have less than that here
+    # At the first update at least 100 steps after the last one; the episodes of CartPole are shorter than that here
     assert len(steps) >= 5 and all(100 <= later - earlier < 300 for earlier, later in pairwise(steps[:-1]))
     # Another training in the same folder: its first steps are newer than the last of the one before
     make_model("plain", 1).learn(200, callback=callback)
@@ -382,7 +382,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def flip_in_directory(path: Path, offset: int, mask: int) -> None:
-    """Behind the members, where the zip says what they are."""
+    """Flip bits after the members, in the zip's directory."""
     with zipfile.ZipFile(path) as archive:
         start = archive.start_dir
     data = bytearray(path.read_bytes())
@@ -400,7 +400,7 @@ def pretend_compression(path: Path) -> None:
 
 def misplace_directory(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    # Where the last record says that it begins. The first member is then sought before the beginning of the file
+    # The last record says where the directory begins. The first member is then sought before the beginning of the file
     start = int.from_bytes(data[-6:-2], "little")
     data[-6:-2] = (start + 8).to_bytes(4, "little")
     path.write_bytes(bytes(data))
@@ -447,7 +447,7 @@ def test_damaged_zips_of_save_are_refused(damage: Callable[[Path], None], tmp_pa
 
 
 def test_parameters_alone_load_without_unpickling(tmp_path: Path) -> None:
-    """As the README says of zips that nobody trusts."""
+    """As the docstring of `load_checkpoint` says of files that are not trusted."""
     model = make_model("plain", 1).learn(100)
     save_checkpoint(model, tmp_path / "checkpoint.zip")
     with zipfile.ZipFile(tmp_path / "checkpoint.zip") as archive, archive.open("policy.pth") as file:

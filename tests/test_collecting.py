@@ -65,7 +65,7 @@ def lengths_env(*lengths_of_envs: Any, **kwargs: Any) -> DummyVecEnv:
 
 
 class OneAction(EpisodicA2C):
-    """Does not waste time on sampling where the action does not matter."""
+    """Saves the time of sampling, as the action does not matter."""
 
     def _sample_actions(self, observations: Any, policy_inputs: Any) -> np.ndarray:
         return np.zeros(self.n_envs, dtype=np.int64)
@@ -85,7 +85,7 @@ class Rollouts(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        buffer = self.model.rollout_buffer  # type: ignore[attr-defined]
+        buffer = self.model.rollout_buffer
         self.lengths.append(buffer.episode_lengths.tolist())
         self.observations.append(buffer.observations[:, 0] if buffer.pos else np.zeros((0, 3)))
         self.returns.append(buffer.returns[:, 0].copy())
@@ -117,7 +117,7 @@ def mean_length_used(partial_episodes: str, n_envs: int, n_used: int, **argument
     env = lengths_env(*(ten_or_two_hundred(seed) for seed in range(n_envs)))
     model = OneAction(
         "MlpPolicy", env, partial_episodes=partial_episodes, policy_kwargs={"net_arch": []}, device="cpu", seed=0, **arguments
-    )  # type: ignore[arg-type]
+    )
     rollouts = Rollouts()
     # Few env steps are unused with "discard": 2 * 105 covers them
     model.learn(n_used * 105, callback=rollouts)
@@ -135,10 +135,10 @@ def test_mean_length_of_the_episodes_used_is_unbiased(partial_episodes: str, n_e
 @pytest.mark.parametrize("partial_episodes", ["carry", "discard"])
 @pytest.mark.parametrize("chunk", [400, 3_000])
 def test_many_short_calls_of_learn_are_no_less_unbiased(partial_episodes: str, chunk: int) -> None:
-    """The budget of a call cuts long episodes more often than short ones: what it cuts must be used later on."""
+    """The budget of a call cuts long episodes more often than short ones: what it cuts must be used later."""
     env = lengths_env(*(ten_or_two_hundred(seed) for seed in range(8)))
     policy_kwargs = {"net_arch": []}
-    model = OneAction("MlpPolicy", env, partial_episodes=partial_episodes, policy_kwargs=policy_kwargs, device="cpu")  # type: ignore[arg-type]
+    model = OneAction("MlpPolicy", env, partial_episodes=partial_episodes, policy_kwargs=policy_kwargs, device="cpu")
     rollouts = Rollouts()
     for _ in range(240_000 // chunk):
         with warnings.catch_warnings():
@@ -150,7 +150,7 @@ def test_many_short_calls_of_learn_are_no_less_unbiased(partial_episodes: str, c
 
 
 def test_logged_episodes_are_unbiased_too() -> None:
-    """With "discard", those that will not be used are seen to their end only if they are short."""
+    """With "discard", unused episodes finish only if they are short."""
     env = lengths_env(*(ten_or_two_hundred(seed) for seed in range(8)))
     model = OneAction("MlpPolicy", env, partial_episodes="discard", stats_window_size=100_000, device="cpu")
     solved = StopTrainingOnSolved(reward_threshold=1e9, n_episodes=100_000)
@@ -167,7 +167,7 @@ def test_taking_the_first_finished_would_be_seen() -> None:
 # ---------------------------------------------------------------------- carry and discard, step for step
 
 
-def test_discard_uses_the_first_started_and_then_resets_everybody() -> None:
+def test_discard_uses_the_first_started_and_then_resets_all() -> None:
     # Started in this order: 0a 1a | 0b (at step 2) | 0c (4): with 4 wanted it is 0c, though 1a is still running
     env = lengths_env([2, 2, 3, 2, 2, 2, 2], [9, 5, 5, 5])
     model = OneAction("MlpPolicy", env, n_episodes=2, partial_episodes="discard", device="cpu")
@@ -178,7 +178,7 @@ def test_discard_uses_the_first_started_and_then_resets_everybody() -> None:
     assert rollouts.logged[0]["rollout/unused_fraction"] == pytest.approx(2 / 18)
     assert rollouts.logged[0]["rollout/n_episodes"] == 4
     assert "rollout/stale_fraction" not in rollouts.logged[0]
-    # Environment 0 finished its fourth episode at the same step as environment 1: nobody was in the middle of one
+    # Environment 0 finished its fourth episode at the same step as environment 1: none was within one
     assert [env.envs[0].unwrapped.episode, env.envs[1].unwrapped.episode] == [4, 1]
 
 
@@ -243,7 +243,7 @@ def test_learn_afresh_forgets_running_episodes() -> None:
 
 
 class RecordedEnv(LengthsEnv):
-    """Its lengths come round again, and it remembers its actions. All else is known from the episode and the step."""
+    """Its lengths repeat, and it remembers its actions. Everything else follows from the episode and the step."""
 
     def __init__(self, lengths: list[int], index: int, is_truncated: bool, is_dict: bool) -> None:
         super().__init__(itertools.cycle(lengths), index, is_truncated)
@@ -359,7 +359,7 @@ def test_training_is_given_what_lists_would_hold(
         updates[-1].append(deepcopy(samples))
         return evaluate_actions(samples)
 
-    model._evaluate_actions = record  # type: ignore[method-assign]
+    model._evaluate_actions = record
     for number, budget in enumerate(budgets):
         model.learn(budget, reset_num_timesteps=number == 0)
 
@@ -385,10 +385,10 @@ def test_training_is_given_what_lists_would_hold(
         if batch_size is None or is_recurrent:
             assert [length for sample in samples for length in sample.episode_lengths] == episode_lengths
         observations = [sample.observations for sample in samples]
-        where = [each["where"] if is_dict else each for each in observations]  # type: ignore[index,call-overload]
+        where = [each["where"] if is_dict else each for each in observations]
         assert list(map(tuple, th.cat(where).tolist())) == transitions
         if is_dict:
-            numbers = th.cat([each["numbers"] for each in observations]).tolist()  # type: ignore[index,call-overload]
+            numbers = th.cat([each["numbers"] for each in observations]).tolist()
             assert list(map(tuple, numbers)) == [transition[1:] for transition in transitions]
         actions = th.cat([sample.actions for sample in samples]).tolist()
         assert actions == [envs[index].actions[episode, t] for index, episode, t in transitions]
@@ -513,7 +513,7 @@ def test_value_of_a_never_ending_task_cut_by_time_limits() -> None:
         with th.no_grad():
             values[handle_timeout_termination] = model.policy.predict_values(th.zeros(1, 1)).item()
     assert values[True] == pytest.approx(10.0, rel=0.05)
-    # Else the average of (1 - 0.9^k) / 0.1 for k = 1..10
+    # Otherwise the average of (1 - 0.9^k) / 0.1 for k = 1..10
     assert values[False] == pytest.approx(np.mean([(1 - 0.9**k) / 0.1 for k in range(1, 11)]), rel=0.05)
 
 
@@ -579,7 +579,7 @@ class BatchNormExtractor(FlattenExtractor):
         (10_000, 70, {}, [70, 70, 70, 40]),
         (200, None, {}, [66, 66, 66, 52]),
         (2, 70, {}, [1] * 250),
-        # To batch norm it matters what else is in the batch
+        # Batch norm depends on the other rows of the batch
         (10_000, None, {"features_extractor_class": BatchNormExtractor}, [250]),
         (10_000, 150, {"features_extractor_class": BatchNormExtractor}, [150, 100]),
     ],
@@ -609,7 +609,7 @@ class StopAtFirstUpdate(BaseCallback):
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 @pytest.mark.parametrize("use_sde", [False, True])
 def test_the_gradient_is_that_of_the_loss(use_sde: bool, max_grad_norm: float | None) -> None:
-    """Every coefficient and its sign, against the formula of the README differentiated by hand, i.e. by autograd on it."""
+    """Every coefficient and its sign, against autograd on the formula of the docstring."""
     model = EpisodicA2C(
         "MlpPolicy",
         "Pendulum-v1",
@@ -641,7 +641,7 @@ def test_the_gradient_is_that_of_the_loss(use_sde: bool, max_grad_norm: float | 
             assert entropy is not None
             loss = -(log_prob * advantages).sum() + 0.7 * huber.sum() - 0.1 * entropy.sum()
             gradients = th.autograd.grad(loss, list(model.policy.parameters()))
-            norm = th.sqrt(sum((gradient**2).sum() for gradient in gradients))  # type: ignore[arg-type]
+            norm = th.sqrt(sum((gradient**2).sum() for gradient in gradients))
             assert norm > 1
             factor = 1.0 if max_grad_norm is None else max_grad_norm / norm
             expected.extend(gradient * factor for gradient in gradients)

@@ -1,4 +1,4 @@
-"""What users of SB3 expect of an algorithm that they put in the place of A2C: callbacks, logs, saving, loading, seeds."""
+"""What users of SB3 expect of an algorithm that replaces A2C: callbacks, logs, saving, loading, seeds."""
 
 import copy
 import csv
@@ -253,7 +253,7 @@ def test_same_to_callbacks_as_a2c(algorithm, partial_episodes):
             super()._on_rollout_end()
             buffer = self.model.rollout_buffer
             assert buffer.full
-            # A2C's is (n_steps, n_envs, ...), here it is one environment behind the other
+            # A2C's is (n_steps, n_envs, ...), here the environments are concatenated
             self.buffers.append(
                 {"n_steps": np.array(self.locals["n_steps"])}
                 | {
@@ -277,7 +277,7 @@ def test_same_to_callbacks_as_a2c(algorithm, partial_episodes):
         for our_record, a2c_record in zip(getattr(ours, name), getattr(a2c, name), strict=True):
             for key, value in a2c_record.items():
                 np.testing.assert_array_equal(our_record[key], value, err_msg=key)
-    # What A2C's loop uses for itself is not a promise
+    # The private variables of A2C's loop are not part of the contract
     private = {"idx", "done", "terminal_obs", "terminal_value"}
     for hook, names in a2c.names.items():
         assert ours.names[hook] >= names - NOT_COMPUTED_WHILE_COLLECTING - private, hook
@@ -535,7 +535,7 @@ def test_stop_training_on_no_model_improvement(algorithm):
 
 
 def test_checkpoint_callback(algorithm, tmp_path):
-    """In the middle of episodes too; each checkpoint is a model that goes on."""
+    """Also within episodes. Each checkpoint is a model that trains on."""
     callback = CheckpointCallback(4, str(tmp_path), save_replay_buffer=True, save_vecnormalize=True)
     make_model(algorithm, VecNormalize(counting(2))).learn(30, callback=callback)
     names = {path.name for path in tmp_path.iterdir()}
@@ -572,7 +572,7 @@ def test_one_of_a_list_stops(algorithm):
 
 
 class StoredTransitions(BaseCallback):
-    """All transitions that were on offer for training, per environment."""
+    """All transitions that were available for training, per environment."""
 
     def __init__(self, env: VecEnv, stop_after: int | None = None) -> None:
         super().__init__()
@@ -874,7 +874,7 @@ def test_get_and_set_parameters(algorithm):
     np.testing.assert_array_equal(
         model.predict(observations, deterministic=True)[0], other.predict(observations, deterministic=True)[0]
     )
-    # The actor samples from the new parameters, too
+    # The actor also samples from the new parameters
     with th.no_grad():
         other.set_parameters({"policy": {"action_net.bias": th.tensor([-100.0, 100.0])}}, exact_match=False)
     actions: list[int] = []
@@ -920,7 +920,7 @@ def test_save_and_load_of_the_policy_alone(algorithm, policy, tmp_path):
 
 
 def test_a_policy_put_in_the_place_of_another_is_the_one_that_acts(algorithm):
-    """A2C looks at ``model.policy`` at each step; people assign, say, one trained by imitation."""
+    """A2C looks at ``model.policy`` at each step; users assign, say, one trained by imitation."""
     model = make_model(algorithm, seed=0)
     model.learn(5)
     other = make_model(algorithm, seed=1)
@@ -1034,7 +1034,7 @@ def test_seeds(algorithm, action, kwargs):
 
 
 def test_callbacks_that_read_change_nothing(algorithm):
-    """Values and log-probabilities are computed when somebody asks: asking must not disturb."""
+    """Values and log-probabilities are computed when a callback reads them, which must not change the training."""
 
     class Reader(BaseCallback):
         def _on_step(self) -> bool:
@@ -1087,7 +1087,7 @@ def test_train_and_eval_mode(algorithm):
             assert th.equal(self.extractor.net[1].running_mean, self.running_mean)
             self.extractor.modes.clear()
 
-    # Truncated, so that the value of the last observation is asked for too
+    # Truncated, so that the value of the last observation is needed as well
     env = vectorized(lambda _: TargetEnv(truncates=True), 2)
     model = make_model(algorithm, env, policy_kwargs={"features_extractor_class": ModalExtractor})
     model.learn(40, callback=ModeChecker())
@@ -1153,7 +1153,7 @@ def test_learning_rate_schedule(algorithm):
 
 
 def test_progress_remaining_never_falls_below_zero(algorithm):
-    """The last step of several environments goes beyond the budget, and a root, say, knows no numbers below 0."""
+    """The last step of several environments goes beyond the budget, and, say, a square root fails below 0."""
     progress: list[float] = []
 
     def learning_rate(progress_remaining: float) -> float:
@@ -1202,7 +1202,7 @@ def test_policy_kwargs_are_not_shared_with_the_policy(algorithm):
 
 
 class OnnxablePolicy(nn.Module):
-    """What SB3's documentation exports; for an LSTM with its states, in the midst of an episode."""
+    """What SB3's documentation exports; for an LSTM with its states, within an episode."""
 
     def __init__(self, policy: Any) -> None:
         super().__init__()
@@ -1243,7 +1243,7 @@ def test_onnx_export(algorithm, action, tmp_path):
         np.testing.assert_allclose(result, tensor.numpy(), rtol=1e-5, atol=1e-6)
 
 
-# ------------------------------------------------------------------ small things people rely on
+# ------------------------------------------------------------------ small things that users rely on
 
 
 def test_chaining_and_attributes(algorithm):

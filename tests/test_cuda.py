@@ -53,7 +53,7 @@ def test_numpy_actor_follows_the_parameters(fused: bool) -> None:
 
 
 def test_nan_leaves_the_gpu_usable() -> None:
-    """What a GPU samples from is checked before: its own check would end all use of it."""
+    """Numbers are checked before the GPU samples from them: a failed check on the GPU would end all use of it."""
     env = vectorized(lambda _: TargetEnv(action_space=ACTION_SPACES["multi_binary"]), 1)
     model = EpisodicA2C("MlpPolicy", env, actor="torch", device="cuda", seed=0)
     with pytest.raises(ValueError):

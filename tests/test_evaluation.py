@@ -50,7 +50,7 @@ def evaluate_and_differentiate(policy: Any, evaluate: Callable[[], Any], weights
     used = [
         (weight * evaluation.flatten()).sum() for weight, evaluation in zip(weights, evaluations, strict=True) if weight.any()
     ]
-    sum(used).backward()  # type: ignore[union-attr]
+    sum(used).backward()
     gradients = [parameter.grad for parameter in policy.parameters()]
     return [*(evaluation.detach().flatten() for evaluation in evaluations), *gradients]
 
@@ -94,7 +94,7 @@ def test_values_and_gradients_are_autograds(
         # None and zero are the same to the optimizer's sum of losses
         tensor = th.zeros(1) if tensor is None else tensor
         our_tensor = th.zeros_like(tensor) if our_tensor is None else our_tensor
-        # Where an action is all but certain, little is left of what the gradient of the entropy is the difference of
+        # Where an action is nearly certain, the gradient of the entropy is a small difference of large numbers
         tolerance = 1e-5 if index < 3 else 1e-4
         atol = tolerance * max(1.0, float(tensor.abs().max()))
         np.testing.assert_allclose(our_tensor.numpy(), tensor.expand_as(our_tensor).numpy(), rtol=1e-5, atol=atol)
@@ -210,7 +210,7 @@ def test_what_is_replaced_during_a_rollout_is_trained_after_it(replace: Any, whe
         def _on_rollout_start(self) -> None:
             if when == "on_rollout_start":
                 self.replace_once()
-            # At the second start, what the first update has made of it
+            # At the second start, the weights after the first update
             weights.append(model.policy.value_net.weight.detach().clone())
 
         def _on_rollout_end(self) -> None:
@@ -232,7 +232,7 @@ def test_what_is_replaced_during_a_rollout_is_trained_after_it(replace: Any, whe
 @pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan, 1e300])
 @pytest.mark.parametrize("n", [1, 3])
 def test_values_of_what_is_not_finite(number: float, n: int) -> None:
-    """Without a warning: whoever asks for them refuses such observations himself."""
+    """Without a warning: callers check for non-finite values."""
     policy = make_policy(spaces.Discrete(2), spaces.Box(-np.inf, np.inf, (3,), np.float64))
     observations = np.full((n, 3), number)
     assert predict_values(policy, observations, find_plain(policy)).shape == (n,)

@@ -76,7 +76,7 @@ class LastUpdate(BaseCallback):
         self.at_step, self.call = at_step, call
 
     def _on_rollout_start(self) -> None:
-        self.state = trained_state(self.model)  # type: ignore[arg-type]
+        self.state = trained_state(self.model)
 
     def _on_step(self) -> bool:
         if self.call is not None and self.n_calls == self.at_step:
@@ -85,7 +85,7 @@ class LastUpdate(BaseCallback):
 
 
 def assert_usable(model: EpisodicA2C, last_update: LastUpdate, folder: Path, env: Any = None) -> None:
-    """It is as after the last update, can be saved and asked, and learns on from a reset of the environments."""
+    """The model is as after the last update, can be saved and predict, and learns on from a reset of the environments."""
     assert_same(trained_state(model), last_update.state)
     assert model._n_updates > 0, "nothing to lose"
     model.save(folder / "model")
@@ -114,7 +114,7 @@ class EpisodeStarts(BaseCallback):
 
 
 class BrokenEnvironment(Exception):
-    """What only an environment raises."""
+    """An error that only an environment raises."""
 
 
 class FragileEnv(TargetEnv):
@@ -265,7 +265,7 @@ class CtrlCWhileWorkersStep(LastUpdate):
 
 
 def test_ctrl_c_while_workers_step(tmp_path: Path) -> None:
-    """What they still answer to the interrupted step must not be taken for the answer to the reset."""
+    """Their answers to the interrupted step must not be taken for answers to the reset."""
     env = forked([SlowEnv] * 2)
     model = EpisodicA2C("MlpPolicy", env, seed=0, device="cpu", policy_kwargs={"net_arch": [8]})
     for _ in range(3):
@@ -290,7 +290,7 @@ def test_ctrl_c_while_workers_step(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_between_two_bytes_of_an_answer() -> None:
-    """A message is read as its length and what follows. Here only the length has been, when Ctrl-C came."""
+    """A message is its length and its content. Ctrl-C comes when only the length has been read."""
     env = forked([FragileEnv] * 2)
     model = EpisodicA2C("MlpPolicy", env, seed=0, device="cpu", policy_kwargs={"net_arch": [8]})
 
@@ -349,7 +349,7 @@ def test_ctrl_c(algorithm: type[EpisodicA2C], place: str, tmp_path: Path) -> Non
 
 
 class Terminated(Exception):
-    """What a script makes of SIGTERM."""
+    """What the SIGTERM handler of a script raises."""
 
 
 @for_all
@@ -427,7 +427,7 @@ def test_ctrl_c_while_gradients_are_off(algorithm: type[EpisodicA2C], tmp_path: 
 
 @for_all
 def test_ctrl_c_while_saving(algorithm: type[EpisodicA2C]) -> None:
-    """Of one that comes while it writes, torch makes a RuntimeError of its own."""
+    """torch turns a Ctrl-C while it writes into a RuntimeError."""
 
     class Interrupted(io.BytesIO):
         def write(self, data: Any) -> int:
@@ -551,7 +551,7 @@ NOT_FINITE_CASES = [
     for algorithm, spaces_, actors in [
         (EpisodicA2C, ["box", "discrete", "multi_discrete", "multi_binary"], ["numpy", "torch"]),
         (MaskableEpisodicA2C, ["discrete", "multi_discrete", "multi_binary"], ["numpy", "torch"]),
-        # It has its own way of acting
+        # It samples by itself, without an actor
         (RecurrentEpisodicA2C, ["box", "discrete", "multi_discrete", "multi_binary"], ["auto"]),
     ]
     for space in spaces_
@@ -594,12 +594,12 @@ def test_an_observation_of_a_reset_that_is_not_finite(algorithm: type[EpisodicA2
 
 
 @for_all
-# Of a single infinity tanh makes a value like any other
+# tanh makes a finite value of a single infinity
 @pytest.mark.parametrize("numbers", [np.nan, np.inf, np.array([1.0, np.inf, 1.0], np.float32)])
 def test_a_last_observation_that_is_not_finite(
     algorithm: type[EpisodicA2C], numbers: float | np.ndarray, tmp_path: Path
 ) -> None:
-    """Nobody acts on it, but after a time limit its value counts."""
+    """No action is taken on it, but after a time limit its value counts."""
 
     class NotFiniteAtTheEnd(TargetEnv):
         n_life_steps = 0
@@ -658,7 +658,7 @@ def test_numbers_too_large_for_the_policy(algorithm: type[EpisodicA2C], space: s
     model = nan_model(algorithm, space, actor)
     for parameter in model.policy.parameters():
         parameter.data.fill_(3e38)
-    # To Bernoulli's distribution, infinite logits are certainty
+    # For a Bernoulli distribution, infinite logits mean certainty
     with pytest.raises(ValueError, match=r"finite.*are too large.*`learning_rate`|^The gradient of update 1"):
         model.learn(100)
     assert model._n_updates == 0
@@ -693,7 +693,7 @@ def test_a_loss_that_is_not_finite(algorithm: type[EpisodicA2C], tmp_path: Path)
 @for_all
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 def test_a_learning_rate_that_is_not_finite(algorithm: type[EpisodicA2C], number: float, tmp_path: Path) -> None:
-    """One step with it, and no parameter would be."""
+    """One step with it, and no parameter would be finite."""
     model = fragile_model(algorithm)
     last_update = LastUpdate()
     model.lr_schedule = lambda progress_remaining: number if model._n_updates == 3 else 1e-3 * progress_remaining
@@ -740,7 +740,7 @@ def test_disk_is_full(write: Callable[..., None], size: int, tmp_path: Path, ful
     with pytest.raises(OSError, match="File too large"):
         write(model, tmp_path / "model.zip")
     full_disk(resource.RLIM_INFINITY)
-    # The file that was there is as it was, and nothing else is left behind
+    # The file that was there is as it was, and no other file is left
     assert (tmp_path / "model.zip").read_bytes() == good
     assert len(list(tmp_path.iterdir())) == 1
     assert_same(trained_state(model), before)
@@ -762,7 +762,7 @@ def test_disk_is_full_in_the_midst_of_training(
     full_disk(resource.RLIM_INFINITY)
     resumed = resume(tmp_path / "checkpoints", device="cpu")
     assert resumed is not None and 200 <= resumed.num_timesteps <= 300
-    # The callback that failed came behind the one that keeps the state
+    # The callback that failed runs after the one that keeps the state
     assert_usable(model, last_update, tmp_path)
 
 
@@ -803,7 +803,7 @@ def test_files_that_do_not_fit_change_nothing(
         damage(path)
     # What they have in common would be loaded by SB3 before it notices
     with pytest.raises((ValueError, RuntimeError, AssertionError, zipfile.BadZipFile, pickle.UnpicklingError)):
-        model.set_parameters(path)  # type: ignore[arg-type]
+        model.set_parameters(path)
     assert_same(trained_state(model), before)
     if damage != "network":
         with pytest.raises(

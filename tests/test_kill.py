@@ -51,7 +51,7 @@ class Report(BaseCallback):
         self.reached = reached
 
     def _on_rollout_start(self) -> None:
-        self.reached.value = self.model._n_updates  # type: ignore[attr-defined]
+        self.reached.value = self.model._n_updates
 
     def _on_step(self) -> bool:
         return True
@@ -88,9 +88,9 @@ def is_writing(folder: Path) -> bool:
 
 def freeze_while_writing(process: Any, folder: Path) -> None:
     """
-    Stop a process in the midst of a write.
+    Stop a process during a write.
 
-    A write takes milliseconds: were the process killed as soon as one is seen, it might be over by then.
+    A write takes milliseconds: a kill that is sent once a write is seen may come too late.
     """
     while True:
         while not is_writing(folder):

@@ -85,7 +85,7 @@ def test_no_invalid_action_in_100_000_steps(space, is_dict):
     env = make_random_envs(ACTION_SPACES[space], n_envs=100, is_dict=is_dict)
     model = MaskableEpisodicA2C("MultiInputPolicy" if is_dict else "MlpPolicy", env, n_episodes=5, seed=0)
     assert isinstance(model._actor, TorchActor if is_dict else NumpyActor)
-    # Sure of itself: some actions that are invalid would nearly always be taken
+    # A confident policy: without masks it would nearly always take some invalid actions
     randomize(model.policy, scale=2.0)
     model.learn(100_000)
     assert model.num_timesteps == 100_000
@@ -177,7 +177,7 @@ def test_batches_change_nothing_but_memory():
 
 
 class _MasksOf(gym.Wrapper):
-    """Always the same mask, or what is none."""
+    """Always the same mask, or an object that is not a mask."""
 
     def __init__(self, env: gym.Env, mask: Any) -> None:
         super().__init__(env)
@@ -266,7 +266,7 @@ def test_refuses_what_masks_cannot_be_applied_to():
         MaskableEpisodicA2C("MlpPolicy", "CartPole-v1", use_sde=True)
 
 
-# ---------------------------------------------------------------------- at home in SB3
+# ---------------------------------------------------------------------- as part of SB3
 
 
 def test_has_no_loop_of_its_own():
@@ -395,7 +395,7 @@ MASKABLE_KWARGS: dict[str, dict[str, Any]] = {
     "multi_discrete": dict(learning_rate=3e-2, gamma=0.0),
     "multi_binary": dict(learning_rate=1.5e-2, gamma=0.0),
 }
-"""Each step is a guess of its own, so nothing is gained by looking ahead."""
+"""gamma is 0, as each step is an independent guess."""
 
 SMALL_ENVS: dict[str, Any] = {
     "discrete": lambda: InvalidActionEnvDiscrete(dim=10, n_invalid_actions=5),

@@ -46,12 +46,12 @@ class RecordedActions(EpisodicA2C):
     recorded_actions: np.ndarray
 
     def _sample_actions(self, observations: Any, policy_inputs: Any) -> np.ndarray:
-        env = self.env.envs[0].unwrapped  # type: ignore[union-attr]
+        env = self.env.envs[0].unwrapped
         return self.recorded_actions[env.t : env.t + 1]
 
 
 class Snapshots(BaseCallback):
-    """Parameters at the start of each rollout, i.e. after each update, and what the buffer offered at its end."""
+    """Parameters at the start of each rollout, i.e. after each update, and what the buffer held at its end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Snapshots(BaseCallback):
         self.parameters.append({name: value.numpy().copy() for name, value in state.items()})
 
     def _on_rollout_end(self) -> None:
-        buffer = self.model.rollout_buffer  # type: ignore[attr-defined]
+        buffer = self.model.rollout_buffer
         self.offered.append({name: getattr(buffer, name)[:, 0] for name in ("returns", "values", "log_probs", "advantages")})
 
     def _on_step(self) -> bool:
@@ -109,10 +109,10 @@ def test_learn_reproduces_the_notebook(case: str, mode: str, batch_size: int | N
     step = model.policy.optimizer.step
 
     def recording_step(*args: Any, **kwargs: Any) -> Any:
-        gradients.append({name: p.grad.numpy().copy() for name, p in model.policy.named_parameters()})  # type: ignore[union-attr]
+        gradients.append({name: p.grad.numpy().copy() for name, p in model.policy.named_parameters()})
         return step(*args, **kwargs)
 
-    model.policy.optimizer.step = recording_step  # type: ignore[method-assign]
+    model.policy.optimizer.step = recording_step
     snapshots = Snapshots()
     # A sixth rollout starts, so that the parameters after five updates are seen
     model.learn(5 * n_steps + 1, callback=snapshots)

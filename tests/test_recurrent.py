@@ -118,7 +118,7 @@ def test_an_episode_goes_on_with_the_memory_of_the_new_parameters(is_dict, batch
     model = make_model(env, critic, learning_rate=0.01, batch_size=batch_size)
     check = FreshLogProbCheck()
     model.learn(500, callback=check)
-    # The budget ends in the midst of episodes. Parameters may change between two calls, too
+    # The budget ends within episodes. Parameters may also change between two calls
     assert model.rollout_buffer.running_steps.any()
     randomize(model.policy, seed=1)
     model.learn(500, callback=check, reset_num_timesteps=False)
@@ -353,7 +353,7 @@ def test_a_wrong_critic_state_would_be_seen():
         model.learn(400, callback=TerminalValueCheck())
 
 
-# ---------------------------------------------------------------------- refusals, at home in SB3
+# ---------------------------------------------------------------------- refusals, as part of SB3
 
 
 def test_has_no_loop_of_its_own():
@@ -415,7 +415,7 @@ def test_refuses_an_lstm_of_other_shapes(lstm_kwargs):
     (name,) = lstm_kwargs
     with pytest.raises(ValueError, match=f"`lstm_kwargs` of `policy_kwargs` has {name}={lstm_kwargs[name]}"):
         RecurrentEpisodicA2C("MlpLstmPolicy", "CartPole-v1", policy_kwargs=dict(lstm_kwargs=lstm_kwargs))
-    # As they are anyway
+    # The default is accepted
     RecurrentEpisodicA2C("MlpLstmPolicy", "CartPole-v1", policy_kwargs=dict(lstm_kwargs={"batch_first": False}))
 
 

@@ -26,7 +26,7 @@ def test_discounted_returns_by_hand() -> None:
 
 
 def test_discounted_return_of_a_constant_reward_is_the_geometric_series() -> None:
-    # As SB3's tests/test_gae.py: with the value 1/(1-gamma) behind a time limit, every return is 1/(1-gamma)
+    # As SB3's tests/test_gae.py: with the value 1/(1-gamma) after a time limit, every return is 1/(1-gamma)
     np.testing.assert_allclose(discounted_returns(np.ones(1_000), 0.99, terminal_value=100.0), 100.0)
     np.testing.assert_allclose(discounted_returns(np.ones(3_000), 0.99)[0], 100.0)
 

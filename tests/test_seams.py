@@ -1,4 +1,4 @@
-"""Where others build on: an objective of one's own, another standardisation, a `train` of one's own in the transaction."""
+"""Where users extend the algorithm: another objective, another standardisation, another `train` in the transaction."""
 
 from typing import Any
 
@@ -72,7 +72,7 @@ def test_an_auxiliary_term_is_trained_on() -> None:
 
     def spread() -> float:
         with th.no_grad():
-            return float(model.policy.get_distribution(observations).distribution.probs.std(dim=0).mean())  # type: ignore[union-attr]
+            return float(model.policy.get_distribution(observations).distribution.probs.std(dim=0).mean())
 
     before = spread()
     model.learn(5_000)
@@ -146,7 +146,7 @@ def test_a_train_of_ones_own_in_the_transaction() -> None:
 
     model = TwoSteps("MlpPolicy", "CartPole-v1", seed=0, device="cpu").learn(20_000)
     assert model.return_statistics.count > 0
-    assert np.mean([info["r"] for info in list(model.ep_info_buffer)[-20:]]) > 60  # type: ignore[arg-type]
+    assert np.mean([info["r"] for info in list(model.ep_info_buffer)[-20:]]) > 60
 
 
 @pytest.mark.parametrize("commit", [False, True])

@@ -37,7 +37,7 @@ Observations = np.ndarray | dict[str, np.ndarray]
 ALGORITHMS = [EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C]
 
 NOT_RECURRENT = {"test_trains_on_what_was_seen_and_done", "test_time_limit_value_for_every_observation"}
-"""They ask a policy that has no memory; `test_recurrent.py` asks one that has, with its states."""
+"""They evaluate a policy without a memory; `test_recurrent.py` evaluates one with a memory, with its states."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -136,7 +136,7 @@ def test_trains_on_what_was_seen_and_done(algorithm, action, observation, n_envs
     the observations and actions of the steps really made. Actions out of the action space would make the environment raise.
     """
     env = vectorized(lambda _: TargetEnv(OBSERVATION_SPACES[observation], ACTION_SPACES[action], episode_length=3), n_envs)
-    # Raw returns: else the critic's units, and so its values, change between the steps and the end of the rollout
+    # Raw returns: otherwise the critic's units, and so its values, change between the steps and the end of the rollout
     model = make_model(algorithm, env, partial_episodes=partial_episodes, standardize_returns=None)
     initial = {name: parameter.clone() for name, parameter in model.policy.state_dict().items()}
     recorder = RolloutRecorder()
