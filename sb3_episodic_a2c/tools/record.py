@@ -23,8 +23,9 @@ DEFAULT_FPS = 30.0
 def without_images(env_id: str) -> Callable[..., gym.Env]:
     """
     :param env_id: Id of an environment that is not watched
-    :return: A function that makes it, for ``make_vec_env``. Given the id instead, SB3 asks for images. LunarLander then adds a
-        particle to its physics at every thrust, which only ``render`` removes, so that long episodes get ten times slower
+    :return: A function that makes it, for ``make_vec_env``. Given the id instead, SB3 asks for images, and so does
+        ``A2C("MlpPolicy", env_id)``. LunarLander then adds a particle to its physics at every thrust, which only ``render``
+        removes, so long episodes get ten times slower. ``env_kwargs={"render_mode": None}`` avoids it as well
     """
     return partial(gym.make, env_id)
 
