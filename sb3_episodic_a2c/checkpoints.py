@@ -2,6 +2,7 @@
 
 import copyreg
 import csv
+import functools
 import inspect
 import io
 import json
@@ -26,6 +27,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnvWrapper
 
 from sb3_episodic_a2c.episodic_a2c import EpisodicA2C
 from sb3_episodic_a2c.guards.files import atomic_write
+from sb3_episodic_a2c.plain_mlp import unwrapped
 
 TRAINING_MEMBER = "resume/training.pkl"
 """Member of the zip: what SB3's ``save`` leaves out, apart from the environments."""
@@ -85,7 +87,7 @@ def _write(model: EpisodicA2C, path: Path) -> str | None:
     if model.env is not None:
         try:
             names = ["env", "observation_space", "action_space", *IN_FLIGHT]
-            episodes = _pickle({name: getattr(model, name) for name in names}, model.device)
+            episodes = _pickle({name: getattr(model, name) for name in names}, model.device, _parts(model))
         except Exception as error:
             # Pickling a user's environment may raise anything
             reason = f"{type(error).__name__}: {error}"
@@ -140,7 +142,7 @@ def load_checkpoint(
     if env is not None:
         _prepare(model, training)
     elif EPISODES_MEMBER in members:
-        episodes = _unpickle(members[EPISODES_MEMBER], device)
+        episodes = _unpickle(members[EPISODES_MEMBER], device, model)
         model.set_env(episodes.pop("env"), force_reset=False)
         for name, value in episodes.items():
             setattr(model, name, value)
@@ -364,14 +366,19 @@ class _Pickler(cloudpickle.Pickler):
 
     :param file: Where to write
     :param device: Device of the model. Its tensors are loaded to the device of the loaded model
+    :param parts: Path of each part of the model by its id, see :func:`_parts`. They are named, not pickled
     """
 
-    def __init__(self, file: io.BytesIO, device: th.device) -> None:
+    def __init__(self, file: io.BytesIO, device: th.device, parts: dict[int, str]) -> None:
         super().__init__(file)
         self._device = device
+        self._parts = parts
         self._arrays: dict[int, tuple[th.Tensor, np.ndarray]] = {}
 
     def persistent_id(self, obj: Any) -> Any:
+        part = self._parts.get(id(obj))
+        if part is not None:
+            return part
         if type(obj) is not th.Tensor or obj.device.type != self._device.type or obj.requires_grad:
             return None
         if id(obj) not in self._arrays:
@@ -393,25 +400,44 @@ class _Pickler(cloudpickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, device: th.device) -> None:
+    def __init__(self, file: io.BytesIO, device: th.device, model: EpisodicA2C | None) -> None:
         super().__init__(file)
         self._device = device
+        self._model = model
         self._tensors: dict[int, tuple[np.ndarray, th.Tensor]] = {}
 
-    def persistent_load(self, pid: np.ndarray) -> th.Tensor:
+    def persistent_load(self, pid: np.ndarray | str) -> Any:
+        if isinstance(pid, str):
+            return functools.reduce(getattr, pid.split(".")[1:], self._model)
         if id(pid) not in self._tensors:
             self._tensors[id(pid)] = pid, th.from_numpy(pid).to(self._device)
         return self._tensors[id(pid)][1]
 
 
-def _pickle(state: Any, device: th.device) -> bytes:
+def _parts(model: EpisodicA2C) -> dict[int, str]:
+    """
+    The parts of a model that its environments may hold, as in self-play. After a resume they must hold the resumed model, not
+    a copy of the old one.
+
+    :param model: The model
+    :return: Path of each part by its id, e.g. ``"model.policy.action_net"``
+    """
+    policy = unwrapped(model.policy)
+    parts = {id(model): "model", id(model.policy): "model.policy", id(policy.optimizer): "model.policy.optimizer"}
+    for name, part in (*policy.named_modules(), *policy.named_parameters(), *policy.named_buffers()):
+        parts[id(part)] = f"model.policy.{name}".rstrip(".")
+    return parts
+
+
+def _pickle(state: Any, device: th.device, parts: dict[int, str] | None = None) -> bytes:
     file = io.BytesIO()
-    _Pickler(file, device).dump(state)
+    _Pickler(file, device, parts or {}).dump(state)
     return file.getvalue()
 
 
-def _unpickle(data: bytes, device: th.device) -> Any:
-    return _Unpickler(io.BytesIO(data), device).load()
+def _unpickle(data: bytes, device: th.device, model: EpisodicA2C | None = None) -> Any:
+    """``model`` is the one whose parts the data names, if it does."""
+    return _Unpickler(io.BytesIO(data), device, model).load()
 
 
 def _set_attributes(obj: Any, state: dict[str, Any]) -> None:

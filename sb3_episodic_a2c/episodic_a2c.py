@@ -49,7 +49,7 @@ from sb3_episodic_a2c.guards.transaction import OptimizerStep, Transaction
 from sb3_episodic_a2c.guards.workers import resynchronize
 from sb3_episodic_a2c.losses import Losses, entropy_loss, policy_loss, value_loss
 from sb3_episodic_a2c.plain_mlp import PlainMlp, inspect
-from sb3_episodic_a2c.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy, fused, rescale_value_head
+from sb3_episodic_a2c.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy, fuse_adam, rescale_value_head
 from sb3_episodic_a2c.returns import STANDARDIZATIONS, ReturnStatistics, standardize_returns, unstandardize
 from sb3_episodic_a2c.samples import EpisodicRolloutBufferSamples
 from sb3_episodic_a2c.selection import PARTIAL_EPISODES
@@ -201,7 +201,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             # SB3 knows the floats of Python only
             learning_rate=learning_rate if callable(learning_rate) else float(learning_rate),
             # Not an argument of this algorithm
-            n_steps=0,
+            n_steps=INITIAL_BUFFER_SIZE,
             gae_lambda=gae_lambda,
             gamma=gamma,
             ent_coef=ent_coef,
@@ -230,6 +230,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         self.n_value_epochs = n_value_epochs
         self.return_statistics = ReturnStatistics()
         """The units of the critic: initial for raw returns, running for ``"running"``. Saved with the model."""
+        self.n_steps: int
+        """Vec-steps of the last rollout; before the first one, the rows that the rollout buffer starts with."""
 
         if _init_setup_model:
             self._setup_model()
@@ -237,6 +239,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         # `load` has put saved and given values into the attributes without the constructor's checks
         check_arguments(vars(self))
+        # Zips of version 0.1 may say 0
+        self.n_steps = self.n_steps or INITIAL_BUFFER_SIZE
         check_policy_class(type(self), self.policy_class)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -254,7 +258,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             self.observation_space, self.action_space, self.lr_schedule, **sde_kwargs, **self.policy_kwargs
         )
         self.policy = self.policy.to(self.device)
-        self.policy.optimizer = fused(self.policy.optimizer)
+        fuse_adam(self.policy)
         self._normalize_statistics: NormalizeStatistics | None = None
         """Those of VecNormalize when the rollout began."""
         self._maybe_recommend_cpu()
@@ -448,7 +452,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         if not continue_training:
             return False
 
-        self.n_steps = n_steps
+        self.n_steps = n_steps or self.n_steps
         self._finish_rollout(rollout_buffer)
         callback.update_locals(locals())
         callback.on_rollout_end()

@@ -47,6 +47,14 @@ PATCHABLE = {"forward", "forward_actor", *BYPASSED_BY_ACTOR}
 """Methods of a policy or a layer that may have been replaced on the object itself."""
 
 
+def unwrapped(policy: Any) -> Any:
+    """
+    :param policy: A policy, perhaps one that ``th.compile`` made
+    :return: The policy that was compiled, which has the layers and all methods but ``forward``; any other policy as it is
+    """
+    return policy._modules.get("_orig_mod", policy)
+
+
 def overridden_methods(policy: nn.Module | type[nn.Module], base: type[nn.Module], names: Iterable[str]) -> list[str]:
     """
     :param policy: A policy, on which methods may have been replaced, or a class of policies
@@ -54,8 +62,15 @@ def overridden_methods(policy: nn.Module | type[nn.Module], base: type[nn.Module
     :param names: Names of methods
     :return: Those of them that are not those of ``base``
     """
-    policy_class, own = (policy, {}) if isinstance(policy, type) else (type(policy), vars(policy))
-    return [name for name in names if name in own or getattr(policy_class, name) is not getattr(base, name)]
+    if isinstance(policy, type):
+        return [name for name in names if getattr(policy, name) is not getattr(base, name)]
+
+    def function(name: str) -> Any:
+        # Of the object, not of its class: it may be a wrapper that passes on the methods of a policy
+        method = getattr(policy, name, None)
+        return getattr(method, "__func__", method)
+
+    return [name for name in names if name in vars(policy) or function(name) is not getattr(base, name)]
 
 
 # ---------------------------------------------------------------------- inspection

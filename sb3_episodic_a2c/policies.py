@@ -138,19 +138,36 @@ def rescale_value_head(policy: BasePolicy, old: ReturnStatistics, new: ReturnSta
         value_net.bias.mul_(scale).add_((old.mean - new.mean) / new_scale)
 
 
-def fused(optimizer: th.optim.Optimizer) -> th.optim.Optimizer:
+def fuse_adam(policy: BasePolicy) -> None:
     """
-    Run Adam in one kernel, which is several times faster for small networks, unless ``optimizer_kwargs`` chose otherwise.
+    Run the Adam that SB3 has made in one kernel, which is several times faster for small networks.
 
-    :param optimizer: A new optimizer
-    :return: The fused one, or the one given where torch has no fused kernel for it
+    The optimizer object stays, and so does every choice of the user or the policy: another optimizer, parameter groups,
+    ``fused`` or ``foreach`` in ``optimizer_kwargs``.
+
+    :param policy: A new policy on its device
     """
-    defaults = optimizer.defaults
-    has_choice = defaults.get("fused") is not None or defaults.get("foreach") is not None
-    if type(optimizer) is not th.optim.Adam or has_choice or len(optimizer.param_groups) != 1:
-        return optimizer
+    optimizer, kwargs = policy.optimizer, policy.optimizer_kwargs
+    if type(optimizer) is not th.optim.Adam or optimizer.state or len(optimizer.param_groups) != 1:
+        return
+    (group,) = optimizer.param_groups
+    parameters = list(policy.parameters())
+    settings = {name: value for name, value in group.items() if name != "params"}
     try:
-        return th.optim.Adam(optimizer.param_groups[0]["params"], **{**defaults, "fused": True})
-    except RuntimeError:
-        # torch has no fused kernel on this device
-        return optimizer
+        made_by_sb3 = th.optim.Adam(parameters, lr=optimizer.defaults["lr"], **kwargs).defaults
+        # One parameter of each kind shows whether torch has a fused kernel for it
+        kinds = {(parameter.dtype, parameter.device) for parameter in parameters}
+        probes = [th.zeros(1, dtype=dtype, device=device, requires_grad=True) for dtype, device in kinds]
+        for probe in probes:
+            probe.grad = th.zeros_like(probe)
+        th.optim.Adam(probes, lr=0.0, fused=True).step()
+    except (RuntimeError, TypeError, ValueError):
+        return
+    is_made_by_sb3 = (
+        optimizer.defaults == settings == made_by_sb3
+        and kwargs.get("fused") is None
+        and kwargs.get("foreach") is None
+        and [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in parameters]
+    )
+    if is_made_by_sb3:
+        group["fused"] = optimizer.defaults["fused"] = True

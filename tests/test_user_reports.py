@@ -1,0 +1,167 @@
+"""What users of SB3 and its relatives have reported: each of these went wrong here once, most of them without a word."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C, load_checkpoint, save_checkpoint
+from tests.envs import TargetEnv, vectorized
+
+ALGORITHMS: list[tuple[type[Any], str, dict[str, Any]]] = [
+    (EpisodicA2C, "MlpPolicy", {}),
+    (MaskableEpisodicA2C, "MlpPolicy", {}),
+    (RecurrentEpisodicA2C, "MlpLstmPolicy", {"lstm_hidden_size": 8}),
+]
+every_algorithm = pytest.mark.parametrize(("algorithm", "policy", "policy_kwargs"), ALGORITHMS)
+
+
+def parameters_of(model: EpisodicA2C) -> list[th.Tensor]:
+    return [parameter.detach().clone() for parameter in model.policy.parameters()]
+
+
+def has_learnt(model: EpisodicA2C, before: list[th.Tensor]) -> bool:
+    return any(not th.equal(old, new) for old, new in zip(before, model.policy.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------- an optimizer of the policy's own
+
+
+class OwnOptimizer(ActorCriticPolicy):
+    """Makes its optimizer itself, with ``make_optimizer``."""
+
+    def __init__(self, *args: Any, make_optimizer: Any, **kwargs: Any) -> None:
+        self.make_optimizer = make_optimizer
+        super().__init__(*args, **kwargs)
+
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.optimizer = self.made = self.make_optimizer(self)
+        self.n_calls = 0
+        self.optimizer.register_step_post_hook(self._count)
+
+    def _count(self, *args: Any) -> None:
+        self.n_calls += 1
+
+
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda policy: th.optim.Adam([{"params": policy.parameters(), "weight_decay": 0.5}]),
+        lambda policy: th.optim.Adam(policy.parameters(), betas=(0.5, 0.9)),
+        lambda policy: th.optim.Adam(policy.action_net.parameters(), eps=1e-5),
+        lambda policy: th.optim.Adam(
+            [{"params": [parameter], "weight_decay": 0.1} for parameter in policy.parameters()], eps=1e-5
+        ),
+        lambda policy: th.optim.AdamW(policy.parameters()),
+    ],
+    ids=["weight decay", "betas", "some parameters", "groups", "AdamW"],
+)
+def test_an_optimizer_of_the_policys_own_is_not_touched(make_optimizer: Any) -> None:
+    model = EpisodicA2C(OwnOptimizer, "CartPole-v1", policy_kwargs={"make_optimizer": make_optimizer}, seed=0, device="cpu")
+    optimizer = model.policy.optimizer
+    expected = make_optimizer(model.policy).param_groups
+    for group, other in zip(optimizer.param_groups, expected, strict=True):
+        assert {**group, "params": None} == {**other, "params": None}
+    model.learn(300)
+    assert model.policy.optimizer is model.policy.made is optimizer
+    assert model.policy.n_calls == model._n_updates > 0
+
+
+def test_the_optimizer_of_sb3_stays_the_object_that_it_is() -> None:
+    """A learning rate scheduler, for one, holds it, and may have put hooks on it."""
+
+    class Hooked(ActorCriticPolicy):
+        def _build(self, lr_schedule: Any) -> None:
+            super()._build(lr_schedule)
+            self.made = self.optimizer
+            self.calls: list[int] = []
+            self.optimizer.register_step_pre_hook(lambda *_: self.calls.append(1))
+
+    model = EpisodicA2C(Hooked, "CartPole-v1", device="cpu").learn(300)
+    assert model.policy.optimizer is model.policy.made
+    assert model.policy.optimizer.param_groups[0]["fused"] is True
+    assert model.policy.calls
+
+
+# ---------------------------------------------------------------------- self-play
+
+
+class DuelEnv(TargetEnv):
+    """Its opponent plays along, as in self-play."""
+
+    opponent: Any = None
+    held: Any = None
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation, reward, *rest = super().step(action)
+        if self.opponent is not None:
+            reply = self.opponent(observation)
+            reward += float(np.sum(reply != action))
+        return observation, reward, *rest
+
+
+@every_algorithm
+def test_after_a_resume_environments_hold_the_model_that_was_resumed(
+    algorithm: type[Any], policy: str, policy_kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    venv = VecNormalize(vectorized(lambda index: DuelEnv(), 2))
+    model = algorithm(policy, venv, policy_kwargs=policy_kwargs, seed=0, device="cpu")
+    for env in venv.unwrapped.envs:
+        env.unwrapped.held = {
+            "model": model,
+            "policy": model.policy,
+            "optimizer": model.policy.optimizer,
+            "buffer": model.rollout_buffer,
+            "layer": model.policy.action_net,
+            "weight": model.policy.action_net.weight,
+            "environments": venv,
+            "other": np.arange(3),
+        }
+        env.unwrapped.opponent = lambda observation: model.predict(observation)[0]
+    model.learn(103)
+    save_checkpoint(model, tmp_path / "duel")
+    again = load_checkpoint(tmp_path / "duel", device="cpu")
+    assert again is not model
+    for env in again.env.unwrapped.envs:
+        held = env.unwrapped.held
+        assert held["model"] is again
+        assert held["policy"] is again.policy
+        assert held["optimizer"] is again.policy.optimizer
+        assert held["buffer"] is again.rollout_buffer
+        assert held["layer"] is again.policy.action_net
+        assert held["weight"] is again.policy.action_net.weight
+        assert held["environments"] is again.env
+        assert held["other"].tolist() == [0, 1, 2]
+    # The opponent is trained on, so the rewards differ unless it is the same one
+    for side in (model, again):
+        np.random.seed(0)
+        th.manual_seed(0)
+        side.learn(200, reset_num_timesteps=False)
+    for old, new in zip(model.policy.parameters(), again.policy.parameters(), strict=True):
+        assert th.equal(old, new)
+
+
+# ---------------------------------------------------------------------- what the world of SB3 divides by
+
+
+@pytest.mark.filterwarnings("ignore:No episode ended")
+def test_n_steps_is_positive_from_the_start(tmp_path: Path) -> None:
+    """imitation's GAIL and AIRL divide by it."""
+    model = EpisodicA2C("MlpPolicy", make_vec_env("CartPole-v1", 4), seed=0, device="cpu")
+    assert model.n_steps == 128
+    model.learn(1)
+    assert model.n_steps == 1
+    model.learn(2_000)
+    assert isinstance(model.n_steps, int) and model.n_steps > 1
+    model.save(tmp_path / "model")
+    assert EpisodicA2C.load(tmp_path / "model", device="cpu").n_steps == model.n_steps
+    # As version 0.1 wrote it
+    model.n_steps = 0
+    model.save(tmp_path / "old")
+    assert EpisodicA2C.load(tmp_path / "old", device="cpu").n_steps == 128
