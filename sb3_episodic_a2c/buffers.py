@@ -32,7 +32,8 @@ class EpisodicRolloutBuffer(BaseBuffer):
     ``values`` and ``advantages`` are in the units that are trained on. What a callback writes into ``returns`` or
     ``advantages`` is trained on. The others are copies that cannot be written to, as that would have no effect.
 
-    Which finished episodes are kept, and when a rollout is complete, is for ``selection`` to say.
+    ``selection`` decides which finished episodes are kept, and when a rollout is complete. Memory holds whole episodes, and
+    the rows of all environments since the oldest running episode began; ``batch_size`` bounds the update alone.
 
     :param buffer_size: Number of rows (vec-steps) to start with
     :param observation_space: Observation space
@@ -140,7 +141,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         :param observations: ``(n_envs, *obs_shape)``, or a dict of such arrays: what the actions were chosen for
         :param actions: ``(n_envs, *action_shape)`` as sampled, i.e. neither clipped nor unscaled
         :param rewards: ``(n_envs,)``
-        :param policy_inputs: What the policy was given beside the observation, ``(n_envs, ...)`` each
+        :param policy_inputs: What the policy was given in addition to the observation, ``(n_envs, ...)`` each
         """
         row = self._row
         if row == 0 or row == self.buffer_size or not self._views:
@@ -158,7 +159,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
                 "trainings only: call `learn` with reset_num_timesteps=True, which starts fresh episodes."
             )
         if self._is_dict:
-            for key, observation in observations.items():  # type: ignore[union-attr]
+            for key, observation in observations.items():  # type: ignore[union-attr]  # a dict here
                 views[f"observations/{key}"][row] = observation
         else:
             views["observations"][row] = observations
@@ -202,8 +203,8 @@ class EpisodicRolloutBuffer(BaseBuffer):
         # SubprocVecEnv passes on what an environment returns, which may be an integer now and a float later
         if isinstance(observations, dict):
             for key, observation in observations.items():
-                dtype = np.promote_types(observation.dtype, self.observation_space[key].dtype)  # type: ignore[index]
-                allocate(f"observations/{key}", self.obs_shape[key], dtype)  # type: ignore[call-overload]
+                dtype = np.promote_types(observation.dtype, self.observation_space[key].dtype)  # type: ignore[index]  # a Dict
+                allocate(f"observations/{key}", self.obs_shape[key], dtype)  # type: ignore[call-overload]  # a dict
         else:
             dtype = np.promote_types(observations.dtype, self.observation_space.dtype)  # type: ignore[arg-type]  # not None
             allocate("observations", self.obs_shape, dtype)
@@ -385,12 +386,12 @@ class EpisodicRolloutBuffer(BaseBuffer):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Neither the model that `_evaluate` holds is pickled along, nor rows that are not yet in use
+        # Leave out the model that `_evaluate` holds, and rows that are not in use
         rows = {name: array[: self._row] for name, array in self._rows.items()}
         return {**self.__dict__, "_evaluate": None, "_rows": rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # What checkpoints of version 0.1 do not have
+        # Missing in checkpoints of version 0.1
         self.__dict__.update({"selection": TakeFinished(state["n_envs"]), "next_statistics": None})
         self.__dict__.update({"_advantages": None, "_computed_advantages": None, "_gamma": 1.0, "_gae_lambda": 1.0})
         self._units = ReturnStatistics()

@@ -82,22 +82,24 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
 
     :param policy: The policy model to use (``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, ``"SharedMlpPolicy"``
         or a class)
-    :param env: The environment to learn from (if registered in Gym, can be str). Its episodes must end
+    :param env: The environment to learn from (if registered in Gym, can be str). Its episodes must end. With ``VecNormalize``
+        prefer ``norm_reward=False``: the scale of normalized rewards drifts within an episode
     :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
     :param n_episodes: Complete episodes per environment per update
     :param gamma: Discount factor
     :param standardize_returns: ``"running"``: by a running mean and standard deviation of the returns seen in training
-        (effective memory about 20,000 transitions). ``"episode"``: each episode by its own. ``"rollout"``: over all
+        (effective memory about 20,000 transitions); the critic's last layer is rescaled as they move, so that its values in
+        reward units stay. ``"episode"``: each episode by its own. ``"rollout"``: over all
         transitions of the update. ``None``: raw returns. Or another key of
         :data:`~sb3_episodic_a2c.returns.STANDARDIZATIONS`
     :param handle_timeout_termination: Whether an episode that was cut by a time limit gets the value of its last observation
         as the return of what would have followed (https://arxiv.org/abs/1712.00378). The critic must have units
         for that: with ``"episode"`` or ``"rollout"`` it must be False
-    :param partial_episodes: What becomes, with several environments, of episodes that are unfinished when enough others are
+    :param partial_episodes: What happens, with several environments, to unfinished episodes when enough others are
         complete. ``"carry"``: they are kept for the next update, so that no env step is thrown away; their head comes from
         a slightly older policy. ``"discard"``: strictly on-policy; the first ``n_episodes * n_envs`` episodes that were
-        STARTED in the rollout are used, then all environments are reset. If the budget of ``learn`` ends in between, those
-        complete are used, and the others with the next call
+        STARTED in the rollout are used, then all environments are reset. If the budget of ``learn`` ends in between, the
+        complete ones are used, and the others by the next call
     :param huber_delta: Error, in units of the returns trained on, at which the value loss turns from quadratic to linear
     :param detach_advantage: Whether the policy loss leaves the critic alone. ``False``: its gradient flows into the critic
         through the advantage too
@@ -198,7 +200,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         super().__init__(
             policy,
             env,
-            # SB3 knows the floats of Python only
+            # SB3 accepts only Python's floats
             learning_rate=learning_rate if callable(learning_rate) else float(learning_rate),
             # Not an argument of this algorithm
             n_steps=INITIAL_BUFFER_SIZE,
@@ -254,13 +256,13 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         )
         # Policies without gSDE do not know the argument
         sde_kwargs: dict[str, Any] = {"use_sde": True} if self.use_sde else {}
-        self.policy = self.policy_class(  # type: ignore[assignment]
+        self.policy = self.policy_class(  # type: ignore[assignment]  # annotated as SB3's
             self.observation_space, self.action_space, self.lr_schedule, **sde_kwargs, **self.policy_kwargs
         )
         self.policy = self.policy.to(self.device)
         fuse_adam(self.policy)
         self._normalize_statistics: NormalizeStatistics | None = None
-        """Those of VecNormalize when the rollout began."""
+        """Copies of VecNormalize's statistics at the start of the rollout."""
         self._maybe_recommend_cpu()
         self._action_bounds = action_bounds(self.action_space)
         self._setup_actor()
@@ -374,7 +376,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
     ) -> bool:
         """
         Collect complete episodes using the current policy, until there are ``n_episodes * n_envs`` or the budget of ``learn``
-        is used up.
+        is used up. At a step, callbacks see A2C's locals, except what only the update computes (``values``, ``log_probs``).
 
         :param env: The training environment
         :param callback: Callback that will be called at each step
@@ -435,7 +437,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
 
             # Give access to local variables
             callback.update_locals(locals())
-            # If it says stop, the step is stored all the same: a later `learn` goes on from here
+            # Store the step even if the callback stops: a later `learn` goes on from here
             continue_training = callback.on_step()
 
             n_steps += 1
@@ -446,7 +448,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
                 env_indices = np.flatnonzero(dones)
                 self._episode_num += len(env_indices)
                 rollout_buffer.close_episodes(env_indices, self._terminal_values(infos, env_indices))
-            self._last_obs = new_obs  # type: ignore[assignment]
+            self._last_obs = new_obs  # type: ignore[assignment]  # SB3 annotates an array, dicts come as well
             self._last_episode_starts = dones
 
         if not continue_training:
@@ -463,7 +465,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         rollout_buffer.reset()
         assert self._last_episode_starts is not None
         if not self._last_episode_starts.all():
-            self._last_obs = env.reset()  # type: ignore[assignment]
+            self._last_obs = env.reset()  # type: ignore[assignment]  # as above
             self._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
 
     def _terminal_values(self, infos: list[dict[str, Any]], env_indices: np.ndarray) -> np.ndarray:
@@ -531,7 +533,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
     def update_transaction(self) -> Iterator[OptimizerStep]:
         """
         What one update changes apart from the optimizer step: the critic takes the units of the returns, and batch norm
-        may take note of the passes. Unless the step is taken, all of it is undone, whatever ends the block.
+        may update its statistics. Unless the step is taken, all of it is undone, whatever ends the block.
 
         A subclass with a ``train`` of its own enters it around its passes, and calls ``take``, or ``commit`` right before a
         step of its own. One that does neither is safe, but its critic is not rescaled when the statistics of the returns move.
@@ -553,7 +555,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             yield transaction
 
     def _follow_own_training(self) -> None:
-        """After a ``train`` that entered no transaction, the critic is in the units that it was trained in all the same."""
+        """Take over the units of the critic after a ``train`` that entered no transaction."""
         units = self.rollout_buffer.next_statistics
         if units is not None:
             self.return_statistics, self.rollout_buffer.next_statistics = units, None
@@ -645,7 +647,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         return summed
 
     def _take(self, step: OptimizerStep, name: str) -> None:
-        """Take a step with the learning rate of now, unless it would spoil the parameters."""
+        """Take a step with the current learning rate, unless it would spoil the parameters."""
         check_learning_rate(self.lr_schedule, self._current_progress_remaining, name)
         step.take(name, self.max_grad_norm, lambda: self._update_learning_rate(self.policy.optimizer))
 
@@ -682,7 +684,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> SelfEpisodicA2C:
         """
-        Return a trained model.
+        Return a trained model. If no episode ends within the budget, nothing is learned, and a warning says so.
 
         :param total_timesteps: The number of env steps to train on. Training stops at the first step of the environments
             that reaches it, so ``total_timesteps <= num_timesteps < total_timesteps + n_envs``; episodes that are complete
@@ -699,14 +701,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         """
         n_finished = 0 if reset_num_timesteps else self._episode_num
         with guarded_training(self):
-            super().learn(
-                total_timesteps=total_timesteps,
-                callback=callback,
-                log_interval=log_interval,
-                tb_log_name=tb_log_name or self.__class__.__name__,
-                reset_num_timesteps=reset_num_timesteps,
-                progress_bar=progress_bar,
-            )
+            tb_log_name = tb_log_name or self.__class__.__name__
+            super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         self._follow_own_training()
         if self._episode_num == n_finished and self.num_timesteps >= self._total_timesteps > self._num_timesteps_at_start:
             warn_of_no_episode(type(self).__name__, total_timesteps, self.n_envs)

@@ -11,7 +11,7 @@ def policy_loss(log_prob: th.Tensor, advantages: th.Tensor) -> th.Tensor:
     Policy gradient loss with a baseline, :math:`-\sum_t \log \pi(a_t|s_t) A_t` (Williams, 1992; Sutton & Barto, 2018, 13.4).
 
     :param log_prob: ``(n_transitions,)`` log-probabilities of the actions taken
-    :param advantages: ``(n_transitions,)`` advantages; detached, unless this loss is meant to push the critic too
+    :param advantages: ``(n_transitions,)`` advantages; detached, unless this loss is also to train the critic
     :return: Scalar, a sum
     """
     return -(log_prob * advantages).sum()

@@ -46,7 +46,7 @@ class EpisodicRolloutBufferSamples(NamedTuple):
     episode_lengths: tuple[int, ...]
     """Number of transitions of each episode, in order."""
     policy_inputs: dict[str, th.Tensor]
-    """What the policy was given beside the observation, ``(n_transitions, ...)`` each, e.g. action masks."""
+    """What the policy was given in addition to the observation, ``(n_transitions, ...)`` each, e.g. action masks."""
     advantages: th.Tensor | None = None
     """``(n_transitions,)`` float32, in the units of ``returns``. Set before :meth:`EpisodicA2C._losses` sees them."""
     old_log_prob: th.Tensor | None = None
