@@ -1,6 +1,7 @@
 """The layout of the package: imports go downward only, and there is one loop."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -64,6 +65,37 @@ def test_one_loop_one_train_step(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and node.name in ("collect_rollouts", "train", "learn"):
             assert module_of(path) == "episodic_a2c", f"{path} defines {node.name}"
+
+
+def test_the_base_class_names_no_variant() -> None:
+    """It refuses their policies through `_policy_base_class`, and their hooks do the rest."""
+    text = (PACKAGE / "episodic_a2c.py").read_text()
+    assert not re.findall(r"mask|lstm|recurrent", text, flags=re.IGNORECASE)
+
+
+def test_tools_import_each_other_in_no_circle() -> None:
+    paths = {}
+    for path in (PACKAGE / "tools").rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    imports: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        # Also those within functions
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
+        submodules = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+        imports[name] = {*submodules, *(str(node.module) for node in nodes)} & paths.keys()
+    assert "sb3_episodic_a2c.tools.comparison.summaries" in imports["sb3_episodic_a2c.tools.comparison.plots"]
+    # Raises an error that names the circle
+    graphlib.TopologicalSorter(imports).prepare()
+
+
+MOST_LINES = {"episodic_a2c.py": 720}
+"""The others have 600 at most."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_files_stay_short_enough_to_read(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < MOST_LINES.get(path.name, 600)
 
 
 def test_one_module_knows_the_inside_of_rl_zoo() -> None:

@@ -1,7 +1,5 @@
 """Comparisons: real grids with tiny budgets, on every backend, killed and started again."""
 
-import ast
-import graphlib
 import importlib.util
 import io
 import itertools
@@ -860,23 +858,6 @@ def test_help_says_what_is_fair(capsys: pytest.CaptureFixture) -> None:
     assert comparison.__doc__ is not None and comparison.__doc__.strip() in printed
     for words in ("Fairness: the same for all algorithms", "Fairness: what differs", "Kept work", "Backends"):
         assert words in printed
-
-
-def test_tools_import_each_other_in_no_circle() -> None:
-    tools = CHECKOUT / "sb3_episodic_a2c" / "tools"
-    paths = {}
-    for path in tools.rglob("*.py"):
-        parts = path.relative_to(CHECKOUT).with_suffix("").parts
-        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    imports: dict[str, set[str]] = {}
-    for name, path in paths.items():
-        # Also those within functions
-        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
-        submodules = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
-        imports[name] = {*submodules, *(str(node.module) for node in nodes)} & paths.keys()
-    assert "sb3_episodic_a2c.tools.comparison.summaries" in imports["sb3_episodic_a2c.tools.comparison.plots"]
-    # Raises an error that names the circle
-    graphlib.TopologicalSorter(imports).prepare()
 
 
 def test_workers_import_no_more_than_they_need() -> None:
