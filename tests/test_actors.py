@@ -746,3 +746,7 @@ def test_learning_is_the_same_with_either_actor() -> None:
     print(solved_at)
     assert np.median(solved_at["numpy"]) == pytest.approx(np.median(solved_at["torch"]), rel=0.2)
     assert stats.mannwhitneyu(solved_at["numpy"], solved_at["torch"]).pvalue > 0.01
+
+
+def test_every_distribution_of_a_plain_policy_has_a_sampler() -> None:
+    assert set(plain_mlp.DISTRIBUTIONS) == set(actors.SAMPLERS)
