@@ -633,7 +633,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         :raises ValueError: The gradient of a step is not finite. The parameters are then as they were before that step
         """
         for epoch in range(self.n_value_epochs):
-            with OptimizerStep(self.policy.optimizer) as transaction:
+            with self.update_transaction() as transaction:
                 for _, samples in self._passes(transaction):
                     (self.vf_coef * self._value_loss(samples, self._evaluate_values(samples))).backward()
                 if not transaction.has_gradient():
@@ -641,7 +641,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
                     break
                 self._take(transaction, f"value epoch {epoch + 1} of update {self._n_updates}")
         summed = 0.0
-        with Transaction() as transaction, th.no_grad():
+        # What it does to batch norm is undone
+        with self.update_transaction() as transaction, th.no_grad():
             for _, samples in self._passes(transaction):
                 summed += self._value_loss(samples, self._evaluate_values(samples)).item()
         return summed

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C, load_checkpoint, save_checkpoint
@@ -304,3 +305,26 @@ def test_a_head_that_was_abandoned_is_glued_to_nothing(partial_episodes: str, va
     assert len(lengths) > 3
     # Each is an episode of one environment from its first step, whatever ran when the others were reset
     assert {length for rollout in lengths for length in rollout} <= {7, 10, 13}
+
+
+def test_value_epochs_leave_batch_norm_to_the_update() -> None:
+    """A refused value epoch, and the look at the loss after them, undo what they did to the running statistics."""
+
+    class Normalized(FlattenExtractor):
+        def __init__(self, observation_space: Any) -> None:
+            super().__init__(observation_space)
+            self.norm = th.nn.BatchNorm1d(self.features_dim)
+
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            return self.norm(super().forward(observations))
+
+    policy_kwargs = {"features_extractor_class": Normalized}
+    n_tracked: list[int] = []
+    for n_value_epochs in (0, 3):
+        model = EpisodicA2C(
+            "MlpPolicy", "CartPole-v1", n_value_epochs=n_value_epochs, policy_kwargs=policy_kwargs, seed=0, device="cpu"
+        )
+        model.learn(10_000, callback=lambda locals_, _, model=model: model._n_updates < 1)
+        n_tracked.append(int(model.policy.features_extractor.norm.num_batches_tracked))
+    # One pass of the update, and one of each value epoch
+    assert n_tracked == [1, 1 + 3]
