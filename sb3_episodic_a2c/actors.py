@@ -33,7 +33,16 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
-from sb3_episodic_a2c.plain_mlp import Array, PlainMlp, inspect, numpy_layers, overridden_methods, run_layers, to_numpy
+from sb3_episodic_a2c.plain_mlp import (
+    Array,
+    PlainMlp,
+    inspect,
+    is_compiled,
+    numpy_layers,
+    overridden_methods,
+    run_layers,
+    to_numpy,
+)
 
 ActorChoice = Literal["auto", "numpy", "torch"]
 
@@ -160,8 +169,8 @@ class TorchActor:
         # Not inference mode: modules may keep tensors, and training could not use these
         with th.no_grad(), explained():
             base = ActorCriticPolicy if isinstance(policy, ActorCriticPolicy) else MaskableActorCriticPolicy
-            if overridden_methods(policy, base, ("forward", "extract_features")):
-                # `get_distribution` would bypass the override
+            if is_compiled(policy) or overridden_methods(policy, base, ("forward", "extract_features")):
+                # `get_distribution` would bypass them
                 actions = policy(tensor, **inputs)[0]
             else:
                 # It runs the actor alone
@@ -186,6 +195,7 @@ class NumpyActor:
     def __init__(self, plain: PlainMlp, rng: np.random.Generator) -> None:
         self.plain = plain
         self.rng = rng
+        self._is_compiled = is_compiled(plain.policy)
         self._view_parameters()
 
     @property
@@ -198,7 +208,7 @@ class NumpyActor:
         return _unpickle_numpy_actor, (self.policy, self.rng)
 
     def refresh(self, plain: PlainMlp | str) -> bool:
-        if isinstance(plain, str):
+        if isinstance(plain, str) or is_compiled(plain.policy) != self._is_compiled:
             return False
         self.plain = plain
         self._view_parameters()
@@ -352,7 +362,9 @@ def make_actor(policy: ActorCriticPolicy, choice: ActorChoice, rng: np.random.Ge
     plain = inspect(policy)
     if choice == "numpy" and isinstance(plain, str):
         raise ValueError(f'`actor` is "numpy", but {plain}. Use actor="auto" or "torch".')
-    return TorchActor(policy) if choice == "torch" or isinstance(plain, str) else NumpyActor(plain, rng)
+    if choice == "torch" or isinstance(plain, str) or (choice == "auto" and is_compiled(policy)):
+        return TorchActor(policy)
+    return NumpyActor(plain, rng)
 
 
 def _unpickle_numpy_actor(policy: ActorCriticPolicy, rng: np.random.Generator) -> NumpyActor:

@@ -17,7 +17,7 @@ from sb3_episodic_a2c.actors import check_finite, explained
 from sb3_episodic_a2c.buffers import RunningEpisodes
 from sb3_episodic_a2c.episodic_a2c import EpisodicA2C
 from sb3_episodic_a2c.evaluation import Evaluations
-from sb3_episodic_a2c.plain_mlp import BYPASSED_BY_SEQUENCES, overridden_methods
+from sb3_episodic_a2c.plain_mlp import BYPASSED_BY_SEQUENCES, is_compiled, overridden_methods, unwrapped
 from sb3_episodic_a2c.samples import EpisodicRolloutBufferSamples
 
 UNSUPPORTED_LSTM_KWARGS = ("batch_first", "bidirectional", "proj_size")
@@ -99,7 +99,7 @@ class RecurrentEpisodicA2C(EpisodicA2C):
 
     def _start_rollout(self, env: VecEnv) -> None:
         # The policy may have been replaced since
-        _refuse_overridden(self.policy)
+        _refuse_overridden(unwrapped(self.policy))
         lstm = self.policy.lstm_actor
         with th.no_grad():
             # Four tensors, as each is zeroed in place
@@ -142,7 +142,13 @@ class RecurrentEpisodicA2C(EpisodicA2C):
                 for state in (*states_pi, *states_vf):
                     state.masked_fill_(is_start, 0.0)
 
-            features_pi, features_vf = _extract_features(policy, obs_as_tensor(observations, self.device))
+            tensor = obs_as_tensor(observations, self.device)
+            if is_compiled(policy):
+                # No episode starts: the states are zeroed already
+                starts = th.zeros(len(self._last_episode_starts), device=self.device)
+                actions, _, _, self._lstm_states = policy(tensor, self._lstm_states, starts)
+                return check_finite(actions.reshape(-1, *self.action_space.shape).cpu().numpy())  # type: ignore[misc]  # not None
+            features_pi, features_vf = _extract_features(policy, tensor)
             latent_pi, states_pi = policy.lstm_actor(features_pi.unsqueeze(0), states_pi)
             if policy.lstm_critic is None:
                 # A critic that shares the actor's LSTM goes on from its state; one without an LSTM ignores it

@@ -165,3 +165,72 @@ def test_n_steps_is_positive_from_the_start(tmp_path: Path) -> None:
     model.n_steps = 0
     model.save(tmp_path / "old")
     assert EpisodicA2C.load(tmp_path / "old", device="cpu").n_steps == 128
+
+
+# ---------------------------------------------------------------------- compiled policies
+
+
+class Recorder:
+    """A backend of ``th.compile`` that compiles nothing, and counts how often what it was given is run."""
+
+    def __init__(self) -> None:
+        self.n_runs = 0
+
+    def __call__(self, graph: th.fx.GraphModule, example_inputs: list[th.Tensor]) -> Any:
+        def run(*args: Any) -> Any:
+            self.n_runs += 1
+            return graph.forward(*args)
+
+        return run
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("actor", ["auto", "torch"])
+@every_algorithm
+def test_a_compiled_policy_is_trained_and_samples(
+    algorithm: type[Any], policy: str, policy_kwargs: dict[str, Any], actor: str, in_place: bool, tmp_path: Path
+) -> None:
+    """SB3's documentation recommends ``model.policy = th.compile(model.policy)``."""
+    recorder = Recorder()
+    venv = vectorized(lambda index: TargetEnv(truncates=True), 2)
+    model = algorithm(policy, venv, actor=actor, policy_kwargs=policy_kwargs, seed=0, device="cpu")
+    model.learn(20)
+    if in_place:
+        model.policy.compile(backend=recorder)
+    else:
+        model.policy = th.compile(model.policy, backend=recorder)
+    before = parameters_of(model)
+    model.learn(40)
+    assert has_learnt(model, before)
+    assert recorder.n_runs >= 20
+    assert model.predict(np.zeros((2, 3), np.float32))[0].shape == (2,)
+    model.save(tmp_path / "model")
+    again = algorithm.load(tmp_path / "model", device="cpu")
+    for old, new in zip(model.policy.parameters(), again.policy.parameters(), strict=True):
+        assert th.equal(old, new)
+
+
+@pytest.mark.parametrize("algorithm", [EpisodicA2C, MaskableEpisodicA2C])
+def test_numpy_samples_from_a_compiled_policy_where_it_is_asked_to(algorithm: type[Any]) -> None:
+    model = algorithm("MlpPolicy", vectorized(lambda index: TargetEnv(), 2), actor="numpy", seed=0, device="cpu")
+    model.policy = th.compile(model.policy, backend="eager")
+    before = parameters_of(model)
+    model.learn(40)
+    assert model._actor.name == "numpy"
+    assert model._actor.policy is model.policy
+    assert has_learnt(model, before)
+
+
+# ---------------------------------------------------------------------- hooks for all modules
+
+
+def test_hooks_for_all_modules_are_called() -> None:
+    """With a plain MLP policy, too, which is otherwise run in NumPy."""
+    seen: list[str] = []
+    model = EpisodicA2C("MlpPolicy", TargetEnv(), seed=0, device="cpu")
+    with th.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__)):
+        model.learn(10)
+    assert seen.count("Linear") >= 10
+    seen.clear()
+    model.learn(10)
+    assert not seen
