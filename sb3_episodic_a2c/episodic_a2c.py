@@ -712,8 +712,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
     # ------------------------------------------------------------------ saving, names
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["_actor", "_plain_mlp", "_normalize_statistics", "_action_bounds"]
-        return [*super()._excluded_save_params(), *own]
+        return [*super()._excluded_save_params(), "_actor", "_plain_mlp", "_normalize_statistics", "_action_bounds"]
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         check_policy_name(policy_name, self.policy_aliases)
