@@ -391,8 +391,6 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         rollout_buffer.select(PARTIAL_EPISODES[self.partial_episodes], self.n_episodes * env.num_envs)
         if rollout_buffer.selection.restarts and rollout_buffer.size() > 0 and rollout_buffer.is_complete():
             self._discard_partial_episodes(env, rollout_buffer)
-        assert self._last_episode_starts is not None
-        rollout_buffer.drop_heads(self._last_episode_starts)
         rollout_buffer.start_rollout()
         self._refresh_actor()
         if self._current_plain_mlp() is None:
@@ -402,6 +400,9 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
 
         # From here on everything depends on the model, the environments and the random states alone: checkpoints are made here
         callback.on_rollout_start()
+        assert self._last_episode_starts is not None
+        # A callback may have reset the environments
+        rollout_buffer.drop_heads(self._last_episode_starts)
 
         if self.use_sde:
             # Sample new weights for the state dependent exploration
@@ -435,7 +436,6 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
 
             self.num_timesteps += env.num_envs
 
-            # Give access to local variables
             callback.update_locals(locals())
             # Store the step even if the callback stops: a later `learn` goes on from here
             continue_training = callback.on_step()

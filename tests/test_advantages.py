@@ -280,7 +280,8 @@ def test_advantages_of_another_size_are_refused(advantages: Any) -> None:
 
 @pytest.mark.parametrize("partial_episodes", ["carry", "discard"])
 @pytest.mark.parametrize("variant", ["plain", "recurrent"])
-def test_a_head_that_was_abandoned_is_glued_to_nothing(partial_episodes: str, variant: str) -> None:
+@pytest.mark.parametrize("when", ["start", "end"])
+def test_a_head_that_was_abandoned_is_glued_to_nothing(partial_episodes: str, variant: str, when: str) -> None:
     import gymnasium as gym
 
     lengths: list[list[int]] = []
@@ -293,6 +294,15 @@ def test_a_head_that_was_abandoned_is_glued_to_nothing(partial_episodes: str, va
             model: Any = self.model
             if model.rollout_buffer.size():
                 lengths.append(sorted(model.rollout_buffer.episode_lengths.tolist()))
+            if when == "end":
+                self.start_afresh()
+
+        def _on_rollout_start(self) -> None:
+            if when == "start":
+                self.start_afresh()
+
+        def start_afresh(self) -> None:
+            model: Any = self.model
             model._last_obs = self.training_env.reset()
             model._last_episode_starts = np.ones(3, dtype=bool)
 
