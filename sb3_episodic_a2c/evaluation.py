@@ -11,16 +11,33 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
-from sb3_episodic_a2c.plain_mlp import Array, PlainMlp, numpy_layers, run_layers
+from sb3_episodic_a2c.plain_mlp import (
+    BYPASSED_BY_ACTOR,
+    BYPASSED_BY_TRAINING,
+    NUMPY_ACTIVATIONS,
+    TORCH_ACTIVATIONS,
+    Array,
+    PlainMlp,
+    numpy_layers,
+    overridden_methods,
+    reason_against_calls,
+    run_layers,
+    unwrapped,
+)
+from sb3_episodic_a2c.policies import SharedMlpExtractor
 from sb3_episodic_a2c.samples import EpisodicRolloutBufferSamples
 
 Evaluations = tuple[th.Tensor, th.Tensor, th.Tensor | None]
 """Values, log-probabilities and entropies (None where they have no analytical form), ``(n,)`` each."""
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 CPU_PASS_SIZE = 2048
 """
@@ -32,24 +49,66 @@ CPU_PASS_NUMBERS = 2**22
 """The most numbers in the observations of such a pass: the activations of images are larger."""
 
 
+POOLING = ("MaxPool1d", "MaxPool2d", "MaxPool3d", "AvgPool1d", "AvgPool2d", "AvgPool3d")
+ADAPTIVE_POOLING = ("AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d")
+
+MODULES_OF_SINGLE_ROWS: frozenset[type[nn.Module]] = frozenset(
+    {
+        *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Flatten, nn.Embedding),
+        *(nn.LayerNorm, nn.GroupNorm, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+        *NUMPY_ACTIVATIONS,
+        *TORCH_ACTIVATIONS,
+        *(nn.PReLU, nn.LogSigmoid, nn.Hardsigmoid, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Threshold),
+        *(getattr(nn, name) for name in POOLING + ADAPTIVE_POOLING),
+        *(FlattenExtractor, NatureCNN, CombinedExtractor, MlpExtractor, SharedMlpExtractor),
+    }
+)
+"""Modules whose output for a row depends on no other row of the batch. Not their subclasses."""
+
+
+def treats_rows_alone(policy: Any) -> bool:
+    """
+    :param policy: A policy
+    :return: Whether its output for a row is known to depend on no other row of the batch, as it does with batch norm
+    """
+    policy = unwrapped(policy)
+    base = ActorCriticPolicy if isinstance(policy, ActorCriticPolicy) else MaskableActorCriticPolicy
+    if not isinstance(policy, base) or overridden_methods(policy, base, {*BYPASSED_BY_ACTOR, *BYPASSED_BY_TRAINING}):
+        return False
+    return all(
+        (module is policy or type(module) in MODULES_OF_SINGLE_ROWS)
+        and reason_against_calls(module) is None
+        and not (isinstance(module, nn.Flatten) and module.start_dim == 0)
+        for module in policy.modules()
+    )
+
+
 def pass_size(policy: ActorCriticPolicy, n_transitions: int, batch_size: int | None) -> int | None:
     """
     How many transitions to evaluate at a time.
+
+    Passes are made smaller than was asked for only where that changes nothing but the speed. The other exception is a last
+    pass of a single row, of which batch norm can make nothing.
 
     :param policy: The policy
     :param n_transitions: Transitions of the update
     :param batch_size: The most that were asked for; None for all
     :return: The most transitions of one forward and backward pass; None for all
+    :raises ValueError: There is one transition only, and batch norm to be trained
     """
-    if policy.device.type != "cpu":
+    if n_transitions == 1 and any(isinstance(module, BATCH_NORMS) and module.training for module in policy.modules()):
+        raise ValueError(
+            "The episodes of this update have one transition in all, which batch norm cannot normalize. "
+            "Raise `n_episodes`, or use several environments."
+        )
+    most = min(n_transitions, batch_size or n_transitions)
+    if policy.device.type == "cpu":
+        size = max(1, min(CPU_PASS_SIZE, CPU_PASS_NUMBERS // max(1, spaces.flatdim(policy.observation_space))))
+        if most > size and treats_rows_alone(policy):
+            return size
+    if most == n_transitions or n_transitions % most != 1 or treats_rows_alone(policy):
         return batch_size
-    size = max(1, min(CPU_PASS_SIZE, CPU_PASS_NUMBERS // max(1, spaces.flatdim(policy.observation_space))))
-    if min(n_transitions, batch_size or math.inf) <= size:
-        return batch_size
-    # The only layers whose output depends on the other rows of a batch
-    batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    has_batch_norm = any(isinstance(module, batch_norms) for module in policy.modules())
-    return batch_size if has_batch_norm else size
+    return next((size for size in range(most, 1, -1) if n_transitions % size != 1), batch_size)
 
 
 def evaluate_actions(

@@ -184,14 +184,14 @@ def _reason_against_modules(policy: ActorCriticPolicy) -> str | None:
         if log_std is None or log_std.dtype != th.float32:
             return "`log_std` is not a float32 parameter"
     for module in (policy, extractor, extractor.flatten, policy.mlp_extractor, hidden):
-        if reason := _reason_against_calls(module):
+        if reason := reason_against_calls(module):
             return reason
     return None
 
 
 def _reason_against_layers(policy: ActorCriticPolicy, layers: list[Any]) -> str | None:
     for module in layers:
-        if reason := _reason_against_calls(module):
+        if reason := reason_against_calls(module):
             return reason
         if type(module) is not nn.Linear and type(module) not in NUMPY_ACTIVATIONS and type(module) not in TORCH_ACTIVATIONS:
             return f"there is a layer {type(module).__name__}"
@@ -200,7 +200,7 @@ def _reason_against_layers(policy: ActorCriticPolicy, layers: list[Any]) -> str 
     return None
 
 
-def _reason_against_calls(module: nn.Module) -> str | None:
+def reason_against_calls(module: nn.Module) -> str | None:
     """Code that is skipped if the module is not called: hooks, and methods replaced on the object."""
     # torch has no public way to ask for hooks
     if _has_any_global_hook():
@@ -234,7 +234,7 @@ def _has_plain_critic(policy: ActorCriticPolicy) -> bool:
     containers = (policy.features_extractor, extractor, extractor.policy_net, extractor.value_net)
     return (
         _reason_against_layers(policy, critic) is None
-        and _reason_against_calls(extractor.value_net) is None
+        and reason_against_calls(extractor.value_net) is None
         and not any(module._backward_hooks or module._backward_pre_hooks for module in (*containers, *actor, *critic))
         and all(parameter.is_cpu for module in (*actor, *critic) for parameter in _parameters(module))
         and (type(policy.action_dist) is not DiagGaussianDistribution or policy.log_std.is_cpu)

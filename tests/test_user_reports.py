@@ -8,9 +8,11 @@ import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C, load_checkpoint, save_checkpoint
+from sb3_episodic_a2c.evaluation import pass_size
 from tests.envs import TargetEnv, vectorized
 
 ALGORITHMS: list[tuple[type[Any], str, dict[str, Any]]] = [
@@ -234,3 +236,102 @@ def test_hooks_for_all_modules_are_called() -> None:
     seen.clear()
     model.learn(10)
     assert not seen
+
+
+# ---------------------------------------------------------------------- layers that look at the whole batch
+
+
+class CentredExtractor(FlattenExtractor):
+    """Subtracts the mean of the batch, without being one of torch's batch norms."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features = super().forward(observations)
+        return features - features.mean(dim=0)
+
+
+class BatchNormExtractor(FlattenExtractor):
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space)
+        self.flatten = th.nn.Sequential(th.nn.Flatten(), th.nn.BatchNorm1d(self.features_dim))
+
+
+class CentredPolicy(ActorCriticPolicy):
+    def extract_features(self, *args: Any, **kwargs: Any) -> Any:
+        features = super().extract_features(*args, **kwargs)
+        return features - features.mean(dim=0)
+
+
+def pass_sizes(policy: Any, n_transitions: int, batch_size: int | None, **policy_kwargs: Any) -> list[int]:
+    """How many transitions go through the policy together in an update."""
+    sizes: list[int] = []
+
+    class Recording(EpisodicA2C):
+        def _evaluate_actions(self, samples: Any) -> Any:
+            sizes.append(len(samples.actions))
+            return super()._evaluate_actions(samples)
+
+    env = TargetEnv(episode_length=n_transitions)
+    model = Recording(policy, env, batch_size=batch_size, policy_kwargs=policy_kwargs, seed=0, device="cpu")
+    model.learn(n_transitions)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("policy", "policy_kwargs"),
+    [
+        ("MlpPolicy", {"features_extractor_class": CentredExtractor}),
+        ("MlpPolicy", {"activation_fn": type("MyTanh", (th.nn.Tanh,), {})}),
+        (CentredPolicy, {}),
+    ],
+    ids=["extractor", "activation", "policy"],
+)
+def test_what_may_look_at_the_whole_batch_is_given_all_of_it(
+    policy: Any, policy_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``batch_size=None`` promises that."""
+    monkeypatch.setattr("sb3_episodic_a2c.evaluation.CPU_PASS_SIZE", 100)
+    assert pass_sizes(policy, 250, None, **policy_kwargs) == [250]
+    assert pass_sizes(policy, 250, 150, **policy_kwargs) == [150, 100]
+
+
+@pytest.mark.parametrize(
+    "policy_kwargs",
+    [{"activation_fn": th.nn.GELU}, {"share_features_extractor": False}],
+    ids=["GELU", "two extractors"],
+)
+def test_what_treats_rows_alone_is_cut(policy_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_episodic_a2c.evaluation.CPU_PASS_SIZE", 100)
+    assert pass_sizes("MlpPolicy", 250, None, **policy_kwargs) == [100, 100, 50]
+    assert pass_sizes("MlpPolicy", 251, 50, **policy_kwargs)[-1] == 1
+
+
+def test_hooks_may_look_at_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_episodic_a2c.evaluation.CPU_PASS_SIZE", 100)
+    model = EpisodicA2C("MlpPolicy", TargetEnv(), device="cpu")
+    assert pass_size(model.policy, 250, None) == 100
+    model.policy.action_net.register_forward_hook(lambda module, args, output: output - output.mean(dim=0))
+    assert pass_size(model.policy, 250, None) is None
+
+
+@pytest.mark.parametrize(
+    ("n_transitions", "batch_size", "expected"),
+    [(200, 199, [198, 2]), (7, 3, [2, 2, 2, 1]), (10, 4, [4, 4, 2]), (9, 4, [3, 3, 3]), (5, None, [5])],
+)
+def test_batch_norm_gets_no_single_row_where_another_size_is_possible(
+    n_transitions: int, batch_size: int | None, expected: list[int]
+) -> None:
+    if expected[-1] == 1:
+        # No size up to the one asked for leaves more
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            pass_sizes("MlpPolicy", n_transitions, batch_size, features_extractor_class=BatchNormExtractor)
+    else:
+        assert pass_sizes("MlpPolicy", n_transitions, batch_size, features_extractor_class=BatchNormExtractor) == expected
+
+
+def test_batch_norm_cannot_be_trained_on_one_transition() -> None:
+    env = TargetEnv(episode_length=1)
+    model = EpisodicA2C("MlpPolicy", env, policy_kwargs={"features_extractor_class": BatchNormExtractor}, device="cpu")
+    with pytest.raises(ValueError, match=r"one transition in all.*Raise `n_episodes`, or use several environments"):
+        model.learn(10)
+    model.n_episodes = 4
+    model.learn(12)
