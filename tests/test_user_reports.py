@@ -1,17 +1,24 @@
 """What users of SB3 and its relatives have reported: each of these went wrong here once, most of them without a word."""
 
+import json
+import re
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C, load_checkpoint, save_checkpoint
+from sb3_episodic_a2c.__main__ import main
 from sb3_episodic_a2c.evaluation import pass_size
 from tests.envs import TargetEnv, vectorized
 
@@ -335,3 +342,79 @@ def test_batch_norm_cannot_be_trained_on_one_transition() -> None:
         model.learn(10)
     model.n_episodes = 4
     model.learn(12)
+
+
+# ---------------------------------------------------------------------- environments without a picture
+
+
+class BlindEnv(TargetEnv):
+    """Cannot be rendered, in one of the ways that there are."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, picture: Any = None, render_mode: str | None = None) -> None:
+        super().__init__()
+        self.picture = picture
+        self.render_mode = render_mode
+        self.n_pictures = 0
+
+    def render(self) -> Any:
+        self.n_pictures += 1
+        return self.picture(self.n_pictures) if callable(self.picture) else self.picture
+
+
+def raise_at(number: int, n_pictures: int) -> np.ndarray:
+    if n_pictures >= number:
+        raise RuntimeError("no display\nat all")
+    return np.zeros((8, 8, 3), np.uint8)
+
+
+PICTURES: dict[str, Any] = {
+    "None": None,
+    "grey": np.zeros((8, 8), np.uint8),
+    "floats": np.zeros((8, 8, 3)),
+    "text": "a board",
+    "raises": partial(raise_at, 1),
+    "raises later": partial(raise_at, 3),
+}
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_solve_needs_no_picture(
+    picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        gym.registry, "Blind-v0", EnvSpec("Blind-v0", BlindEnv, reward_threshold=10.0, kwargs={"picture": PICTURES[picture]})
+    )
+    arguments = ["solve", "--env", "Blind-v0", "--total-timesteps", "50", "--output", str(tmp_path), "--no-progress"]
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["gif_rewards"] == []
+    assert (tmp_path / "learning_curve.png").exists()
+    assert not (tmp_path / "agent.gif").exists()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "GIF" in line or "no agent.gif" in line]
+    assert len(lines) == 1, lines
+    assert re.match("There (will be no GIF of Blind-v0|is no agent.gif): ", lines[0])
+
+
+def test_solve_writes_no_gif_where_it_is_not_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["solve", "--env", "CartPole-v1", "--total-timesteps", "50", "--output", str(tmp_path), "--no-progress"]
+    assert main([*arguments, "--no-gif"]) == 0
+    assert not (tmp_path / "agent.gif").exists()
+    assert (tmp_path / "result.json").exists()
+    assert "GIF" not in capsys.readouterr().out
+
+
+class MissionEnv(TargetEnv):
+    def __init__(self, render_mode: str | None = None) -> None:
+        super().__init__()
+        vector = spaces.Box(-1.0, 1.0, (3,), np.float32)
+        self.observation_space = spaces.Dict({"vector": vector, "mission": spaces.Text(20)})
+
+
+def test_solve_says_which_observations_it_cannot_learn_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(gym.registry, "Mission-v0", EnvSpec("Mission-v0", MissionEnv, reward_threshold=1.0))
+    assert main(["solve", "--env", "Mission-v0", "--output", str(tmp_path / "run"), "--no-progress"]) == 1
+    assert re.search(r"observation space .* not supported because of Text", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,8 @@
 """Play greedy episodes of a saved model and write them as a GIF at the environment's own frame rate."""
 
 import argparse
+import importlib
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -72,11 +74,56 @@ def play_episodes(
 
 
 def _render(env: VecEnv) -> np.ndarray:
-    frame = env.render()
+    return _check_frame(env.render())
+
+
+def _check_frame(frame: Any) -> np.ndarray:
+    """
+    :param frame: What ``env.render()`` returned
+    :return: A copy of it, as pygame draws the next frame into the same memory
+    :raises ValueError: It is no colour image
+    """
     if frame is None:
         raise ValueError("`env.render()` returned None, so there is no image. It must return an array of pixels.")
-    # A copy, as pygame draws the next frame into the same memory
-    return np.array(frame)
+    array = np.array(frame)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or array.size == 0:
+        raise ValueError(
+            f"`env.render()` returned an array of shape {array.shape} and type {array.dtype}, which is no colour image. "
+            "It must return (height, width, 3) numbers of type uint8."
+        )
+    return array
+
+
+def reason_against_pictures(env_id: str) -> str | None:
+    """
+    Make the environment, and render it once.
+
+    :param env_id: Id of the environment
+    :return: Why :func:`record_gif` cannot show it, in one line; None if it can
+    """
+    try:
+        # Only the GIF needs it
+        importlib.import_module("PIL.Image")
+        with warnings.catch_warnings():
+            # The reason says it better
+            warnings.simplefilter("ignore")
+            env = gym.make(env_id, render_mode="rgb_array")
+            try:
+                env.reset()
+                _check_frame(env.render())
+            finally:
+                env.close()
+    except Exception as error:
+        return one_line(error)
+    return None
+
+
+def one_line(error: Exception) -> str:
+    """
+    :param error: What an environment may have raised
+    :return: Its type and what it says, without line breaks
+    """
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def write_gif(frames: list[np.ndarray], path: str | Path, fps: float) -> Path:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -24,8 +25,9 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_episodic_a2c import EpisodicA2C, ResumableCheckpointCallback, notebook_preset, resume
 from sb3_episodic_a2c.callbacks import EpisodeProgressCallback, SolvedAt, StopTrainingOnSolved
+from sb3_episodic_a2c.guards.arguments import check_spaces
 from sb3_episodic_a2c.guards.files import atomic_write
-from sb3_episodic_a2c.tools.record import record_gif, without_images
+from sb3_episodic_a2c.tools.record import one_line, reason_against_pictures, record_gif, without_images
 
 try:
     import fcntl
@@ -62,6 +64,7 @@ class SolveResult:
     """Of the training, since it was last resumed."""
     output: Path
     gif_rewards: list[float]
+    """Of the episodes in the GIF; empty if there is none."""
 
 
 def preset_arguments(preset: str, observation_space: spaces.Space) -> dict[str, Any]:
@@ -91,6 +94,7 @@ def solve(
     reward_threshold: float | None = None,
     progress_bar: bool = True,
     fresh: bool = False,
+    gif: bool = True,
 ) -> SolveResult:
     """
     Train until the mean reward of 100 consecutive training episodes exceeds the threshold, or the budget ends.
@@ -109,6 +113,7 @@ def solve(
     :param reward_threshold: The mean reward to exceed; by default the environment's own
     :param progress_bar: Whether to show a progress bar over episodes
     :param fresh: Whether to start anew where an unfinished run could go on. An unfinished run in ``output`` is deleted
+    :param gif: Whether to write ``agent.gif``. An environment that cannot be rendered is trained all the same, without it
     :return: What happened
     :raises ValueError: An argument is out of its range, or ``output`` holds another run
     """
@@ -117,9 +122,13 @@ def solve(
             raise ValueError(f"`{name}` is {value}. It must be an integer >= 1.")
     if preset == "notebook" and n_envs != 1:
         raise ValueError(f"`n_envs` is {n_envs}, but the notebook has one environment. Use 1, or the default preset.")
+    for package in ("matplotlib", "pandas"):
+        # Now, not when the learning curve is drawn after the training
+        importlib.import_module(package)
     # Before the folder is made: an unknown environment or preset must not leave one behind
     probe = gym.make(env_id)
     arguments = preset_arguments(preset, probe.observation_space)
+    check_spaces(arguments["policy"], probe.observation_space, probe.action_space, EpisodicA2C.supported_action_spaces)
     if reward_threshold is None:
         if probe.spec is None or probe.spec.reward_threshold is None:
             raise ValueError(
@@ -128,6 +137,9 @@ def solve(
             )
         reward_threshold = probe.spec.reward_threshold
     probe.close()
+    if gif and (reason := reason_against_pictures(env_id)) is not None:
+        print(f"There will be no GIF of {env_id}: {reason}")
+        gif = False
     # A run only goes on with the same of these. The budget and the threshold may change
     settings = {"env_id": env_id, "preset": preset, "seed": seed, "n_envs": n_envs}
     folder, lock = _open_folder(settings, output, fresh)
@@ -163,8 +175,11 @@ def solve(
             model.env.close()
         seconds = time.perf_counter() - start
 
-        plot_learning_curve(folder, env_id, reward_threshold, solved.solved_at)
-        gif_rewards = record_gif(model, env_id, folder / "agent.gif", seed=seed, max_steps=1_000)
+        curve, agent = folder / "learning_curve.png", folder / "agent.gif"
+        _write_picture(curve, lambda: plot_learning_curve(folder, env_id, reward_threshold, solved.solved_at))
+        gif_rewards: list[float] = []
+        if gif:
+            gif_rewards = _write_picture(agent, lambda: record_gif(model, env_id, agent, seed=seed, max_steps=1_000)) or []
         result = SolveResult(
             env_id, seed, solved.solved_at, solved.mean_reward, model.num_timesteps, seconds, folder, gif_rewards
         )
@@ -327,6 +342,16 @@ def _read_log(path: Path) -> list[str]:
 # ---------------------------------------------------------------------- what is written
 
 
+def _write_picture(path: Path, write: Callable[[], Any]) -> Any:
+    """What ``write`` returns. Whatever it raises costs nothing but the picture: then None."""
+    try:
+        return write()
+    except Exception as error:
+        print(f"There is no {path.name}: {one_line(error)}")
+        path.unlink(missing_ok=True)
+        return None
+
+
 def plot_learning_curve(
     folder: str | Path, title: str, reward_threshold: float | None = None, solved_at: SolvedAt | None = None, window: int = 100
 ) -> Path:
@@ -384,6 +409,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reward-threshold", type=float, help="mean reward to exceed (default: the environment's own)")
     parser.add_argument("--output", type=Path, help="folder to write to (default: runs/ENV-PRESET-seedSEED)")
     parser.add_argument("--fresh", action="store_true", help="start anew where an unfinished run could go on")
+    parser.add_argument("--no-gif", action="store_true", help="write no GIF of the agent")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 
@@ -400,6 +426,7 @@ def run(arguments: argparse.Namespace) -> None:
         reward_threshold=arguments.reward_threshold,
         progress_bar=not arguments.no_progress,
         fresh=arguments.fresh,
+        gif=not arguments.no_gif,
     )
     if result.solved_at is not None:
         print(
@@ -411,5 +438,8 @@ def run(arguments: argparse.Namespace) -> None:
             f"Not solved within {result.num_timesteps:,} env steps ({result.seconds:.1f} s): mean reward "
             f"{result.mean_reward:.1f} over the last 100 episodes. Try another --seed, or more --total-timesteps."
         )
-    print(f"The greedy agent's episode in the GIF: reward {', '.join(f'{reward:g}' for reward in result.gif_rewards)}.")
-    print(f"Wrote model.zip, learning_curve.png, agent.gif and result.json to {result.output}/")
+    if result.gif_rewards:
+        print(f"The greedy agent's episode in the GIF: reward {', '.join(f'{reward:g}' for reward in result.gif_rewards)}.")
+    names = ["model.zip", "learning_curve.png", "agent.gif"]
+    files = ", ".join(name for name in names if (result.output / name).exists())
+    print(f"Wrote {files} and result.json to {result.output}/")
