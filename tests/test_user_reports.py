@@ -2,6 +2,8 @@
 
 import json
 import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,9 +14,10 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C, load_checkpoint, save_checkpoint
@@ -418,3 +421,76 @@ def test_solve_says_which_observations_it_cannot_learn_on(
     assert main(["solve", "--env", "Mission-v0", "--output", str(tmp_path / "run"), "--no-progress"]) == 1
     assert re.search(r"observation space .* not supported because of Text", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------- modules that keep tensors
+
+
+class CachingExtractor(BaseFeaturesExtractor):
+    """Makes a tensor at its first call and keeps it, and keeps running statistics."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, 4)
+        self.layer = th.nn.Linear(3, 4)
+        self.scale: th.Tensor | None = None
+        self.register_buffer("mean", th.zeros(3))
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        if self.scale is None:
+            self.scale = th.linspace(0.5, 1.5, 4)
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * observations.mean(dim=0).detach())
+        return self.layer(observations - self.mean) * self.scale
+
+
+@pytest.mark.parametrize("n_value_epochs", [0, 2])
+@every_algorithm
+def test_extractors_may_keep_tensors(
+    algorithm: type[Any], policy: str, policy_kwargs: dict[str, Any], n_value_epochs: int
+) -> None:
+    """Sampling in torch's inference mode would make these tensors unfit for training."""
+    venv = vectorized(lambda index: TargetEnv(truncates=True), 2)
+    policy_kwargs = {**policy_kwargs, "features_extractor_class": CachingExtractor}
+    model = algorithm(policy, venv, policy_kwargs=policy_kwargs, n_value_epochs=n_value_epochs, seed=0, device="cpu")
+    before = parameters_of(model)
+    model.learn(100)
+    assert has_learnt(model, before)
+    assert model.policy.features_extractor.mean.abs().sum() > 0
+
+
+# ---------------------------------------------------------------------- several trainings in one process
+
+
+def settings_of_the_process() -> list[Any]:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    distributions = th.distributions.Distribution._validate_args, th.distributions.Categorical._validate_args
+    return [*handlers, *distributions, th.is_grad_enabled(), th.is_inference_mode_enabled(), np.geterr(), np.geterrcall()]
+
+
+@pytest.mark.parametrize("actor", ["auto", "torch"])
+@every_algorithm
+def test_trainings_in_threads_leave_the_settings_of_the_process(
+    algorithm: type[Any], policy: str, policy_kwargs: dict[str, Any], actor: str
+) -> None:
+    """As with Optuna's ``n_jobs``. What is set "for a while" in one thread is put back in the wrong order in the other."""
+    seen: list[list[Any]] = []
+
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls % 10 == 0:
+                seen.append(settings_of_the_process())
+            return True
+
+    models = [
+        algorithm(
+            policy, vectorized(lambda index: TargetEnv(), 2), actor=actor, policy_kwargs=policy_kwargs, seed=seed, device="cpu"
+        )
+        for seed in (0, 1)
+    ]
+    before = settings_of_the_process()
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(lambda model: model.learn(600, callback=Watch()), models):
+            pass
+    assert settings_of_the_process() == before
+    assert len(seen) == 60
+    assert all(settings == before for settings in seen)
