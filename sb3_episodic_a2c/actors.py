@@ -252,6 +252,14 @@ class NumpyActor:
         return hidden, run_layers(self._action_net, hidden).reshape(n, -1)
 
     def sample(self, observations: Array | dict[str, Array], policy_inputs: dict[str, Array]) -> Array:
+        try:
+            return self._sample_actions(observations, policy_inputs)
+        except FloatingPointError:
+            # With np.seterr(all="raise"), also where a product is as small as zero
+            with np.errstate(all="ignore"):
+                return self._sample_actions(observations, policy_inputs)
+
+    def _sample_actions(self, observations: Array | dict[str, Array], policy_inputs: dict[str, Array]) -> Array:
         assert isinstance(observations, np.ndarray)
         latent, output = self.latent_and_output(observations)
         actions = self._sample(output, latent, policy_inputs)

@@ -462,11 +462,12 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
 
     def _discard_partial_episodes(self, env: VecEnv, rollout_buffer: EpisodicRolloutBuffer) -> None:
         """Reset all environments, so that the current policy takes every step of the next rollout."""
-        rollout_buffer.reset()
         assert self._last_episode_starts is not None
         if not self._last_episode_starts.all():
             self._last_obs = env.reset()  # type: ignore[assignment]  # as above
             self._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
+        # Last: an error of the reset names the steps of the episodes
+        rollout_buffer.reset()
 
     def _terminal_values(self, infos: list[dict[str, Any]], env_indices: np.ndarray) -> np.ndarray:
         """

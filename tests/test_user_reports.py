@@ -14,11 +14,14 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
+from sb3_contrib import MaskablePPO, RecurrentPPO
+from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C, load_checkpoint, save_checkpoint
 from sb3_episodic_a2c.__main__ import main
@@ -494,3 +497,100 @@ def test_trainings_in_threads_leave_the_settings_of_the_process(
     assert settings_of_the_process() == before
     assert len(seen) == 60
     assert all(settings == before for settings in seen)
+
+
+# ---------------------------------------------------------------------- smaller ones
+
+
+@pytest.mark.parametrize(
+    ("observation_space", "action_space", "message"),
+    [
+        (spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (0,)), "action space .* has no numbers"),
+        (spaces.Box(-1, 1, ()), spaces.Discrete(2), r"observation space .* has the shape \(\): .*ReshapeObservation"),
+        (spaces.Box(-1, 1, (0,)), spaces.Discrete(2), r"observation space .* has the shape \(0,\)"),
+        (spaces.Dict({"a": spaces.Box(-1, 1, ())}), spaces.Discrete(2), r"observation space .* has the shape \(\)"),
+    ],
+)
+def test_spaces_without_numbers_are_refused_at_the_start(
+    observation_space: spaces.Space, action_space: spaces.Space, message: str
+) -> None:
+    policy = "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"
+    with pytest.raises(ValueError, match=message):
+        EpisodicA2C(policy, TargetEnv(observation_space, action_space), device="cpu")
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize(
+    ("other", "policy", "algorithm"),
+    [
+        (A2C, "MlpPolicy", EpisodicA2C),
+        (PPO, "MlpPolicy", EpisodicA2C),
+        (MaskablePPO, "MlpPolicy", MaskableEpisodicA2C),
+        (RecurrentPPO, "MlpLstmPolicy", RecurrentEpisodicA2C),
+        (RecurrentPPO, "MlpLstmPolicy", EpisodicA2C),
+    ],
+)
+def test_a_zip_of_another_algorithm_is_refused(
+    other: type[Any], policy: str, algorithm: type[Any], as_file: bool, tmp_path: Path
+) -> None:
+    source = other(policy, TargetEnv(), device="cpu")
+    source.save(tmp_path / "other")
+    with pytest.raises(ValueError, match=rf"a model of {other.__name__}, not of {algorithm.__name__}\. .*load_state_dict"):
+        if as_file:
+            with open(tmp_path / "other.zip", "rb") as file:
+                algorithm.load(file, device="cpu")
+        else:
+            algorithm.load(tmp_path / "other", device="cpu")
+    if algorithm is EpisodicA2C and policy != "MlpPolicy":
+        return
+    # The remedy of the message
+    model = algorithm(policy, TargetEnv(), device="cpu")
+    model.policy.load_state_dict(other.load(tmp_path / "other", device="cpu").policy.state_dict())
+    for old, new in zip(source.policy.parameters(), model.policy.parameters(), strict=True):
+        assert th.equal(old, new)
+
+
+@every_algorithm
+def test_an_own_zip_is_loaded_from_a_file(
+    algorithm: type[Any], policy: str, policy_kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    model = algorithm(policy, TargetEnv(), policy_kwargs=policy_kwargs, device="cpu")
+    # As a subclass with a clipped ratio may have
+    model.clip_range = 0.2
+    model.save(tmp_path / "own")
+    with open(tmp_path / "own.zip", "rb") as file:
+        again = algorithm.load(file, device="cpu")
+    assert again.clip_range == 0.2
+
+
+@pytest.mark.parametrize("reset_num_timesteps", [False, True])
+def test_closed_environments_are_named(reset_num_timesteps: bool) -> None:
+    venv = SubprocVecEnv([TargetEnv, TargetEnv], start_method="fork")
+    model = EpisodicA2C("MlpPolicy", venv, device="cpu").learn(20)
+    venv.close()
+    with pytest.raises(RuntimeError, match=r"environments are closed.*`model\.set_env\(env\)`"):
+        model.learn(20, reset_num_timesteps=reset_num_timesteps)
+    model.set_env(vectorized(lambda index: TargetEnv(), 2))
+    model.learn(20, reset_num_timesteps=reset_num_timesteps)
+
+
+@pytest.mark.parametrize("action_space", [spaces.Discrete(2), spaces.Box(-1.0, 1.0, (2,))])
+def test_numpy_may_be_told_to_raise(action_space: spaces.Space) -> None:
+    """Tiny observations give products as small as zero, which is an error then."""
+    tiny = spaces.Box(-1e-30, 1e-30, (3,), np.float32)
+    with np.errstate(all="raise"):
+        model = EpisodicA2C("MlpPolicy", TargetEnv(tiny, action_space), actor="numpy", seed=0, device="cpu").learn(100)
+        assert set(np.geterr().values()) == {"raise"}
+    assert model._n_updates == 20
+
+
+@pytest.mark.skipif(not hasattr(BaseException, "add_note"), reason="Python 3.10 has no notes")
+def test_an_environment_that_refuses_an_early_reset_is_named_with_its_step() -> None:
+    venv = DummyVecEnv(
+        [lambda length=length: Monitor(TargetEnv(episode_length=length), allow_early_resets=False) for length in (5, 8)]
+    )
+    model = EpisodicA2C("MlpPolicy", venv, partial_episodes="discard", device="cpu")
+    with pytest.raises(RuntimeError, match="before done") as caught:
+        model.learn(100)
+    # The first rollout takes 8 steps: the third one of environment 0's second episode is the last
+    assert "environment 0 at step 3 of its episode" in caught.value.__notes__[0]

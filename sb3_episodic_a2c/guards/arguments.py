@@ -177,6 +177,10 @@ def check_spaces(
             f"The action space {action_space} of `env` is unbounded. Give it finite bounds, "
             "e.g. with gymnasium.wrappers.RescaleAction or TransformAction."
         )
+    if isinstance(action_space, spaces.Box) and 0 in action_space.shape:
+        raise ValueError(
+            f"The action space {action_space} of `env` has no numbers, so there is nothing to choose. Give it at least one."
+        )
     if isinstance(action_space, spaces.MultiBinary) and len(action_space.shape) != 1:
         raise ValueError(f"The action space {action_space} of `env` has several dimensions: flatten it.")
     is_dict = isinstance(observation_space, spaces.Dict)
@@ -187,6 +191,11 @@ def check_spaces(
                 f"The observation space {observation_space} of `env` is not supported because of {part}: use Box, Discrete, "
                 "MultiDiscrete or MultiBinary, or a Dict of these without nesting "
                 "(gymnasium.wrappers.FlattenObservation makes one Box of it)."
+            )
+        if isinstance(part, spaces.Box) and (part.shape == () or 0 in part.shape):
+            raise ValueError(
+                f"The observation space {observation_space} of `env` is not supported because of {part}, which has the shape "
+                f"{part.shape}: a Box needs at least one dimension and one number (gymnasium.wrappers.ReshapeObservation)."
             )
     for part in [*parts, action_space]:
         if isinstance(part, spaces.MultiDiscrete) and part.nvec.ndim != 1:

@@ -2,18 +2,23 @@
 
 import copy
 import io
+import json
 import os
 import pathlib
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import TensorDict
 
 from sb3_episodic_a2c.guards.signals import uninterrupted
+
+SelfSafelySaved = TypeVar("SelfSafelySaved", bound="SafelySaved")
 
 
 @contextmanager
@@ -55,6 +60,33 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def made_by(path: str | pathlib.Path | io.BufferedIOBase) -> str | None:
+    """
+    :param path: A zip that an algorithm of SB3 or sb3-contrib has saved
+    :return: Name of the algorithm, if it is one without episodes; None if it is not, or the file is no such zip
+    """
+    try:
+        file = open_path(path, "r", suffix="zip")
+        position = file.tell()
+        with zipfile.ZipFile(file) as archive:
+            data = json.loads(archive.read("data"))
+        if file is path:
+            file.seek(position)
+        else:
+            file.close()
+        policy = str(data["policy_class"].get("__module__"))
+    except Exception:
+        # `load` itself says what is wrong with the file
+        return None
+    if "huber_delta" in data:
+        return None
+    prefix = "Recurrent" if "recurrent" in policy else "Maskable" if "maskable" in policy else ""
+    for name, attribute in (("PPO", "clip_range"), ("TRPO", "cg_max_steps"), ("A2C", "normalize_advantage")):
+        if attribute in data:
+            return prefix + name
+    return None
+
+
 class SafelySaved(BaseAlgorithm):
     """An algorithm whose saved files and parameters survive a failure while they are replaced."""
 
@@ -81,6 +113,28 @@ class SafelySaved(BaseAlgorithm):
                 return
             with atomic_write(path if pathlib.Path(path).suffix else f"{path}.zip") as file:
                 super().save(file, exclude, include)  # type: ignore[arg-type]  # SB3 only calls what BinaryIO has
+
+    @classmethod
+    def load(
+        cls: type[SelfSafelySaved], path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any
+    ) -> SelfSafelySaved:
+        """
+        Load the model from a zip-file, as SB3 does.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :param args: ``env``, ``device``, ``custom_objects``, ``print_system_info`` and ``force_reset`` as for SB3's
+        :param kwargs: extra arguments to change the model when loading
+        :return: new model instance with loaded parameters
+        :raises ValueError: Another algorithm made the file
+        """
+        algorithm = made_by(path)
+        if algorithm is not None:
+            raise ValueError(
+                f"`path` {path} holds a model of {algorithm}, not of {cls.__name__}. Load it with `{algorithm}.load`. To take "
+                "the parameters of its policy alone, make a model with the same policy and call "
+                f"`model.policy.load_state_dict({algorithm}.load(path).policy.state_dict())`."
+            )
+        return super().load(path, *args, **kwargs)
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"

@@ -129,7 +129,11 @@ def watch_workers(env: VecEnv | None) -> Iterator[None]:
     :param env: The environments; nothing is done unless they live in forked processes
     """
     subproc_env = None if env is None else base_env(env)
-    if not isinstance(subproc_env, SubprocVecEnv) or subproc_env.closed or os.name != "posix":
+    if isinstance(subproc_env, SubprocVecEnv) and subproc_env.closed:
+        raise RuntimeError(
+            "The environments are closed and cannot be reset. Give the model as many new ones with `model.set_env(env)`."
+        )
+    if not isinstance(subproc_env, SubprocVecEnv) or os.name != "posix":
         yield
         return
     processes, remotes = list(subproc_env.processes), list(subproc_env.remotes)
