@@ -34,6 +34,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
 from sb3_episodic_a2c.plain_mlp import (
+    BYPASSED,
     Array,
     PlainMlp,
     inspect,
@@ -169,7 +170,7 @@ class TorchActor:
         # Not inference mode: modules may keep tensors, and training could not use these
         with th.no_grad(), explained():
             base = ActorCriticPolicy if isinstance(policy, ActorCriticPolicy) else MaskableActorCriticPolicy
-            if is_compiled(policy) or overridden_methods(policy, base, ("forward", "extract_features")):
+            if is_compiled(policy) or overridden_methods(policy, base, BYPASSED["distribution"]):
                 # `get_distribution` would bypass them
                 actions = policy(tensor, **inputs)[0]
             else:
@@ -208,7 +209,7 @@ class NumpyActor:
         return _unpickle_numpy_actor, (self.policy, self.rng)
 
     def refresh(self, plain: PlainMlp | str) -> bool:
-        if isinstance(plain, str) or is_compiled(plain.policy) != self._is_compiled:
+        if isinstance(plain, str) or reason_against_numpy(plain) is not None or is_compiled(plain.policy) != self._is_compiled:
             return False
         self.plain = plain
         self._view_parameters()
@@ -359,6 +360,18 @@ SAMPLERS: dict[type[Distribution], tuple[Callable[..., Array], Callable[..., Arr
 """How :class:`NumpyActor` samples from a distribution: a :data:`Sampler`, and what draws its noise."""
 
 
+def reason_against_numpy(plain: PlainMlp | str) -> str | None:
+    """
+    :param plain: What :func:`~sb3_episodic_a2c.plain_mlp.inspect` says of a policy
+    :return: Why NumPy cannot sample from it; None if it can
+    """
+    if isinstance(plain, str):
+        return plain
+    # Exact types: a squashed Gaussian is a subclass of a Gaussian
+    distribution = type(plain.policy.action_dist)
+    return None if distribution in SAMPLERS else f"the distribution is a {distribution.__name__}"
+
+
 def make_actor(policy: ActorCriticPolicy, choice: ActorChoice, rng: np.random.Generator) -> Actor:
     """
     :param policy: The policy to sample from
@@ -368,9 +381,10 @@ def make_actor(policy: ActorCriticPolicy, choice: ActorChoice, rng: np.random.Ge
     :raises ValueError: ``choice`` is ``"numpy"``, but NumPy is not possible
     """
     plain = inspect(policy)
-    if choice == "numpy" and isinstance(plain, str):
-        raise ValueError(f'`actor` is "numpy", but {plain}. Use actor="auto" or "torch".')
-    if choice == "torch" or isinstance(plain, str) or (choice == "auto" and is_compiled(policy)):
+    reason = reason_against_numpy(plain)
+    if choice == "numpy" and reason is not None:
+        raise ValueError(f'`actor` is "numpy", but {reason}. Use actor="auto" or "torch".')
+    if choice == "torch" or isinstance(plain, str) or reason is not None or (choice == "auto" and is_compiled(policy)):
         return TorchActor(policy)
     return NumpyActor(plain, rng)
 

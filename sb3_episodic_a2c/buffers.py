@@ -100,6 +100,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self._evaluate: Evaluate | None = None
         self._units = ReturnStatistics()
         self._advantages: np.ndarray | None = None
+        self._has_fixed_advantages = False
         self._computed_advantages: np.ndarray | None = None
         self._gamma, self._gae_lambda = 1.0, 1.0
         self.next_statistics: ReturnStatistics | None = None
@@ -365,12 +366,13 @@ class EpisodicRolloutBuffer(BaseBuffer):
 
     def set_evaluations(self, values: np.ndarray, log_probs: np.ndarray) -> None:
         """
-        Keep what training computed, so that reading it costs nothing.
+        Keep what the first update on these transitions computed, so that reading it costs nothing.
 
         :param values: ``(n_transitions,)``
         :param log_probs: ``(n_transitions,)``
         """
-        self._evaluations = values, log_probs
+        if self._evaluations is None:
+            self._evaluations = values, log_probs
         self._evaluate = None
 
     def _flat_indices(self, segments: Iterable[tuple[int, int, int]]) -> np.ndarray:
@@ -391,10 +393,10 @@ class EpisodicRolloutBuffer(BaseBuffer):
         return {**self.__dict__, "_evaluate": None, "_rows": rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Missing in checkpoints of version 0.1
-        self.__dict__.update({"selection": TakeFinished(state["n_envs"]), "next_statistics": None})
-        self.__dict__.update({"_advantages": None, "_computed_advantages": None, "_gamma": 1.0, "_gae_lambda": 1.0})
-        self._units = ReturnStatistics()
+        # A checkpoint of version 0.1 lacks what came later
+        super().__init__(state["buffer_size"], state["observation_space"], state["action_space"], "cpu", state["n_envs"])
+        self.selection = TakeFinished(state["n_envs"])
+        self.drop_episodes()
         self.__dict__.update(state)
         self._views = {}
         for name, array in self._rows.items():
@@ -461,6 +463,8 @@ class EpisodicRolloutBuffer(BaseBuffer):
             actions=actions,
             returns=th.as_tensor(self.returns[batch, 0], device=self.device),
             episode_lengths=tuple(episode_lengths.tolist()),
+            old_log_prob=None if self._evaluations is None else th.as_tensor(self._evaluations[1][batch], device=self.device),
+            advantages=th.as_tensor(self.advantages[batch, 0], device=self.device) if self._has_fixed_advantages else None,
             policy_inputs={name: self._tensor(f"policy_inputs/{name}", indices) for name in self._keys("policy_inputs")},
         )
 
@@ -533,6 +537,8 @@ class EpisodicRolloutBuffer(BaseBuffer):
             evaluations = self._evaluations
             if evaluations is None and self._evaluate and self.pos:
                 evaluations = self._evaluate(False)
+            if evaluations is None and self.pos:
+                raise ValueError("`advantages` are gone: the buffer was pickled before they were computed. Train again.")
             values = np.zeros(0, np.float32) if evaluations is None else evaluations[0]
             self._advantages = self._compute_advantages(values)[:, None]
             self._computed_advantages = self._advantages.copy()
@@ -548,16 +554,16 @@ class EpisodicRolloutBuffer(BaseBuffer):
             )
         self._advantages, self._computed_advantages = array.reshape(-1, 1), None
 
-    def given_advantages(self) -> np.ndarray | None:
-        """
-        Advantages that do not follow from the values that training computes anyway.
-
-        :return: ``(n_transitions,)`` float32: those that a callback has written, or generalized ones; otherwise None
-        """
+    def fix_advantages(self) -> None:
+        """Give training the advantages that a callback has written, or generalized ones; otherwise it computes them itself."""
         is_written = self._advantages is not None and (
             self._computed_advantages is None or not np.array_equal(self._advantages, self._computed_advantages)
         )
-        return self.advantages[:, 0] if is_written or self._gae_lambda < 1 else None
+        is_fixed = is_written or self._gae_lambda < 1
+        if is_fixed:
+            # Computed now, if they are not there yet
+            assert self.advantages is not None
+        self._has_fixed_advantages = is_fixed
 
     def _compute_advantages(self, values: np.ndarray) -> np.ndarray:
         """From values ``(n_transitions,)`` in the units of ``returns``."""

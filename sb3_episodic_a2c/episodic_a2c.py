@@ -411,8 +411,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         vec_normalize = self.get_vec_normalize_env()
         self._normalize_statistics = statistics_of(vec_normalize)
         continue_training = True
-        # At least one step, even where a callback stopped the last rollout at the very step that completed it: callbacks
-        # expect to find its locals at the end
+        # At least one step, also where a callback stopped a rollout that was complete: at the end, callbacks expect its locals
         while (
             continue_training
             and (n_steps == 0 or not rollout_buffer.is_complete())
@@ -518,7 +517,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         """Values and log-probabilities of the available transitions before the update, for advantages and callbacks."""
         values, log_probs = np.zeros((2, self.rollout_buffer.size()), dtype=np.float32)
         # In the units of the update, which is not made yet: whatever changes is undone
-        with self.update_transaction() as transaction, th.no_grad():
+        with Transaction() as transaction, th.no_grad():
+            self._prepare_update(transaction)
             for part, samples in self._passes(transaction):
                 if with_log_probs:
                     batch_values, log_prob, _ = self._evaluate_actions(samples)
@@ -539,21 +539,23 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         A subclass with a ``train`` of its own enters it around its passes, and calls ``take``, or ``commit`` right before a
         step of its own. One that does neither is safe, but its critic is not rescaled when the statistics of the returns move.
         """
-        with OptimizerStep(self.policy.optimizer) as transaction:
-            units = self.rollout_buffer.next_statistics
-            if units is not None:
-                transaction.on_undo(setattr, self, "return_statistics", self.return_statistics)
-                transaction.on_undo(setattr, self.rollout_buffer, "next_statistics", units)
-                self.rollout_buffer.next_statistics = None
-                value_net = getattr(self.policy, "value_net", None)
-                has_units = STANDARDIZATIONS[self.standardize_returns].has_units
-                if self._n_updates > 0 and has_units and isinstance(value_net, nn.Module):
-                    transaction.keep(value_net.parameters())
-                    rescale_value_head(self.policy, self.return_statistics, units)
-                self.return_statistics = units
-            if self._current_plain_mlp() is None:
-                transaction.keep(self.policy.buffers())
-            yield transaction
+        with OptimizerStep(self.policy.optimizer) as step:
+            self._prepare_update(step)
+            yield step
+
+    def _prepare_update(self, transaction: Transaction) -> None:
+        """Change what an update changes before its first pass, as long as ``transaction`` is not undone."""
+        units = self.rollout_buffer.next_statistics
+        if units is not None:
+            transaction.set(self.rollout_buffer, "next_statistics", None)
+            value_net = getattr(self.policy, "value_net", None)
+            has_units = STANDARDIZATIONS[self.standardize_returns].has_units
+            if self._n_updates > 0 and has_units and isinstance(value_net, nn.Module):
+                transaction.keep(value_net.parameters())
+                rescale_value_head(self.policy, self.return_statistics, units)
+            transaction.set(self, "return_statistics", units)
+        if self._current_plain_mlp() is None:
+            transaction.keep_buffers(self.policy)
 
     def _follow_own_training(self) -> None:
         """Take over the units of the critic after a ``train`` that entered no transaction."""
@@ -573,7 +575,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             return
 
         # In evaluation mode, as they were sampled
-        given_advantages = self.rollout_buffer.given_advantages()
+        self.rollout_buffer.fix_advantages()
         if self._current_plain_mlp() is None:
             # Switch to train mode (this affects batch norm / dropout)
             self.policy.set_training_mode(True)
@@ -582,12 +584,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         with self.update_transaction() as transaction:
             for part, samples in self._passes(transaction):
                 batch_values, log_prob, entropy = self._evaluate_actions(samples)
-                if given_advantages is None:
-                    advantages = samples.returns - (batch_values.detach() if self.detach_advantage else batch_values)
-                else:
-                    advantages = th.as_tensor(given_advantages[part], device=self.device)
-                samples = samples._replace(advantages=advantages, old_log_prob=log_prob.detach())
-                losses = self._losses(samples, batch_values, log_prob, entropy)
+                baseline = batch_values.detach() if self.detach_advantage else batch_values
+                losses = self._losses(samples.completed(baseline, log_prob), batch_values, log_prob, entropy)
                 # Gradients add up over the batches, as the loss is a sum
                 losses.total(self.vf_coef, self.ent_coef).backward()
 
@@ -636,17 +634,18 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         for epoch in range(self.n_value_epochs):
             with self.update_transaction() as transaction:
                 for _, samples in self._passes(transaction):
-                    (self.vf_coef * self._value_loss(samples, self._evaluate_values(samples))).backward()
-                if not transaction.has_gradient():
+                    loss = self.vf_coef * self._value_loss(samples, self._evaluate_values(samples))
+                    if loss.requires_grad:
+                        loss.backward()
+                if not loss.requires_grad:
                     # The critic is frozen
                     break
                 self._take(transaction, f"value epoch {epoch + 1} of update {self._n_updates}")
-        summed = 0.0
         # What it does to batch norm is undone
-        with self.update_transaction() as transaction, th.no_grad():
-            for _, samples in self._passes(transaction):
-                summed += self._value_loss(samples, self._evaluate_values(samples)).item()
-        return summed
+        with Transaction() as transaction, th.no_grad():
+            self._prepare_update(transaction)
+            passes = self._passes(transaction)
+            return sum(self._value_loss(samples, self._evaluate_values(samples)).item() for _, samples in passes)
 
     def _take(self, step: OptimizerStep, name: str) -> None:
         """Take a step with the current learning rate, unless it would spoil the parameters."""

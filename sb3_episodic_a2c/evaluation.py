@@ -17,10 +17,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
+from torch.nn import functional as F
 
 from sb3_episodic_a2c.plain_mlp import (
-    BYPASSED_BY_ACTOR,
-    BYPASSED_BY_TRAINING,
+    BYPASSED,
     NUMPY_ACTIVATIONS,
     TORCH_ACTIVATIONS,
     Array,
@@ -73,7 +73,7 @@ def treats_rows_alone(policy: Any) -> bool:
     """
     policy = unwrapped(policy)
     base = ActorCriticPolicy if isinstance(policy, ActorCriticPolicy) else MaskableActorCriticPolicy
-    if not isinstance(policy, base) or overridden_methods(policy, base, {*BYPASSED_BY_ACTOR, *BYPASSED_BY_TRAINING}):
+    if not isinstance(policy, base) or overridden_methods(policy, base, {*BYPASSED["acting"], *BYPASSED["training"]}):
         return False
     return all(
         (module is policy or type(module) in MODULES_OF_SINGLE_ROWS)
@@ -198,5 +198,5 @@ def stack_observations(observations: Sequence[Any], space: spaces.Space) -> Arra
 def _run(layers: list[Any], x: th.Tensor) -> th.Tensor:
     """The output of the last layer. Parameters are looked up only now, as they may have been replaced."""
     for layer in layers:
-        x = th.addmm(layer.bias, x, layer.weight.t()) if type(layer) is nn.Linear else layer(x)
+        x = F.linear(x, layer.weight, layer.bias) if type(layer) is nn.Linear else layer(x)
     return x

@@ -12,18 +12,10 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from sb3_contrib.common.maskable.distributions import (
-    MaskableBernoulliDistribution,
-    MaskableCategoricalDistribution,
-    MaskableMultiCategoricalDistribution,
-)
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.distributions import (
-    BernoulliDistribution,
     CategoricalDistribution,
     DiagGaussianDistribution,
-    MultiCategoricalDistribution,
-    StateDependentNoiseDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
@@ -37,14 +29,21 @@ Array = np.ndarray
 
 # ---------------------------------------------------------------------- methods that a fast path bypasses
 
-BYPASSED_BY_ACTOR = ("forward", "extract_features", "get_distribution", "_get_action_dist_from_latent")
-"""Methods that the NumPy actor bypasses."""
-BYPASSED_BY_TRAINING = ("evaluate_actions", "predict_values", "set_training_mode", "train")
-"""Methods that training and values at time limits bypass, where the layers of actor and critic are run."""
-BYPASSED_BY_SEQUENCES = ("forward", "get_distribution", "predict_values", "evaluate_actions", "_process_sequence")
-"""Methods that policies with a memory bypass, whose layers are run over whole episodes instead of padded sequences."""
+BYPASSED = {
+    # The NumPy actor samples without these
+    "acting": ("forward", "extract_features", "get_distribution", "_get_action_dist_from_latent"),
+    # The torch actor runs `get_distribution` alone
+    "distribution": ("forward", "extract_features"),
+    # Training and values at time limits run the layers of actor and critic
+    "training": ("evaluate_actions", "predict_values", "set_training_mode", "train"),
+    # Policies with a memory are run over whole episodes instead of padded sequences
+    "sequences": ("forward", "get_distribution", "predict_values", "evaluate_actions", "_process_sequence"),
+    # A layer or a container is not called, but its parameters are used
+    "modules": ("forward", "forward_actor", "forward_critic"),
+}
+"""What bypasses which methods of a policy or of its modules. Where one of them is overridden, it is called."""
 
-PATCHABLE = {"forward", "forward_actor", *BYPASSED_BY_ACTOR}
+PATCHABLE = {*BYPASSED["modules"], *BYPASSED["acting"]}
 """Methods of a policy or a layer that may have been replaced on the object itself."""
 
 
@@ -84,18 +83,6 @@ def overridden_methods(policy: nn.Module | type[nn.Module], base: type[nn.Module
 
 # ---------------------------------------------------------------------- inspection
 
-DISTRIBUTIONS = (
-    CategoricalDistribution,
-    MultiCategoricalDistribution,
-    BernoulliDistribution,
-    DiagGaussianDistribution,
-    StateDependentNoiseDistribution,
-    MaskableCategoricalDistribution,
-    MaskableMultiCategoricalDistribution,
-    MaskableBernoulliDistribution,
-)
-"""Exact types: a squashed Gaussian is a subclass of a Gaussian."""
-
 
 class PlainMlp:
     """
@@ -111,7 +98,9 @@ class PlainMlp:
         self.actor = actor
         self.critic = critic
         self._original = unwrapped(policy)
-        self._extractor = self._original._modules["mlp_extractor"]
+        self._containers = _containers(self._original)
+        self._layers = [*actor, *(critic or [])]
+        self._names = self._parameter_names()
         self.shares_memory = _is_on_cpu(actor[-1])
         """Whether NumPy works on the parameters where they are, not on copies. One device holds all of them."""
         # torch's own dicts: looking up a parameter there takes 0.04 us, as an attribute of the module 0.4 us
@@ -122,7 +111,8 @@ class PlainMlp:
 
     def addresses(self) -> list[int]:
         """Addresses of the actor's parameters. They change when one is replaced, or when a copy of one is out of date."""
-        tensors = [parameters[name] for parameters, name in self._slots]
+        # None for one that was removed, e.g. by pruning
+        tensors = [tensor for parameters, name in self._slots if (tensor := parameters.get(name)) is not None]
         addresses = [tensor.data_ptr() for tensor in tensors]
         # A view on the CPU follows what is written into a tensor, and keeps its memory from being used for another one
         return addresses if self.shares_memory else [*addresses, *(tensor._version for tensor in tensors)]
@@ -132,13 +122,18 @@ class PlainMlp:
         :param policy: The policy that the model has now
         :return: Whether it is the one that was inspected, with the same layers
         """
-        # With another extractor, the layers may not even be where they were
+        # With other containers, the layers may not even be where they were
         return (
             policy is self.policy
-            and self._original._modules["mlp_extractor"] is self._extractor
+            and _containers(self._original) == self._containers
             and _actor_layers(self._original) == self.actor
             and (self.critic is None or _critic_layers(self._original) == self.critic)
+            and self._parameter_names() == self._names
         )
+
+    def _parameter_names(self) -> list[list[str]]:
+        """They change when a layer is pruned or parametrized."""
+        return [[name for name, tensor in layer._parameters.items() if tensor is not None] for layer in self._layers]
 
 
 def inspect(policy: ActorCriticPolicy) -> PlainMlp | str:
@@ -151,7 +146,7 @@ def inspect(policy: ActorCriticPolicy) -> PlainMlp | str:
     given, policy = policy, unwrapped(policy)
     for base in (ActorCriticPolicy, MaskableActorCriticPolicy):
         # A subclass that overrides one of these may have another distribution
-        if isinstance(policy, base) and not overridden_methods(type(policy), base, BYPASSED_BY_ACTOR):
+        if isinstance(policy, base) and not overridden_methods(type(policy), base, BYPASSED["acting"]):
             break
     else:
         return f"{type(policy).__name__} computes its distribution in a way of its own"
@@ -174,8 +169,6 @@ def _reason_against_modules(policy: ActorCriticPolicy) -> str | None:
     hidden = _hidden_layers(policy)
     if type(hidden) is not nn.Sequential:
         return f"the hidden layers are a {type(hidden).__name__}"
-    if type(policy.action_dist) not in DISTRIBUTIONS:
-        return f"the distribution is a {type(policy.action_dist).__name__}"
     if type(policy.action_net) is not nn.Linear:
         return f"`action_net` is a {type(policy.action_net).__name__}"
     if type(policy.action_dist) is DiagGaussianDistribution:
@@ -220,12 +213,11 @@ def _has_plain_critic(policy: ActorCriticPolicy) -> bool:
     """
     extractor: Any = policy.mlp_extractor
     if (
-        overridden_methods(policy, ActorCriticPolicy, BYPASSED_BY_TRAINING)
+        overridden_methods(policy, ActorCriticPolicy, BYPASSED["training"])
         or type(policy.action_dist) not in (CategoricalDistribution, DiagGaussianDistribution)
         # Each of them may have been replaced
         or not policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
         or type(extractor) is not MlpExtractor
-        or "forward_critic" in vars(extractor)
         or type(extractor.value_net) is not nn.Sequential
         or type(policy.value_net) is not nn.Linear
     ):
@@ -248,6 +240,11 @@ def _is_on_cpu(layer: nn.Linear) -> bool:
 
 
 # These are asked several times an update. torch's own dicts answer in 1.5 us, attributes of modules in 4 us
+
+
+def _containers(policy: ActorCriticPolicy) -> list[Any]:
+    extractor: Any = policy._modules["mlp_extractor"]
+    return [extractor, *extractor._modules.values()]
 
 
 def _hidden_layers(policy: ActorCriticPolicy) -> Any:

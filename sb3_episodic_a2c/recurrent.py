@@ -17,7 +17,7 @@ from sb3_episodic_a2c.actors import check_finite, explained
 from sb3_episodic_a2c.buffers import RunningEpisodes
 from sb3_episodic_a2c.episodic_a2c import EpisodicA2C
 from sb3_episodic_a2c.evaluation import Evaluations
-from sb3_episodic_a2c.plain_mlp import BYPASSED_BY_SEQUENCES, is_compiled, overridden_methods, unwrapped
+from sb3_episodic_a2c.plain_mlp import BYPASSED, is_compiled, overridden_methods, unwrapped
 from sb3_episodic_a2c.samples import EpisodicRolloutBufferSamples
 
 UNSUPPORTED_LSTM_KWARGS = ("batch_first", "bidirectional", "proj_size")
@@ -227,7 +227,7 @@ def _refuse_overridden(policy: RecurrentActorCriticPolicy | type[BasePolicy]) ->
     :param policy: A policy, or its class
     :raises ValueError: It names them and the remedy
     """
-    overridden = overridden_methods(policy, RecurrentActorCriticPolicy, BYPASSED_BY_SEQUENCES)
+    overridden = overridden_methods(policy, RecurrentActorCriticPolicy, BYPASSED["sequences"])
     if overridden:
         name = (policy if isinstance(policy, type) else type(policy)).__name__
         raise ValueError(

@@ -133,7 +133,10 @@ class Standardization(NamedTuple):
     targets and the statistics after this update.
     """
     has_units: bool
-    """Whether a critic trained on the targets has units, so that its values convert to rewards and back."""
+    """
+    Whether a critic trained on the targets has units, so that its values convert to rewards and back. Without ``is_running``
+    these must be the rewards' own.
+    """
     is_running: bool = False
     """
     Whether the statistics are carried to the next update, as the units of the targets. Otherwise they only describe these

@@ -50,7 +50,19 @@ class EpisodicRolloutBufferSamples(NamedTuple):
     advantages: th.Tensor | None = None
     """``(n_transitions,)`` float32, in the units of ``returns``. Set before :meth:`EpisodicA2C._losses` sees them."""
     old_log_prob: th.Tensor | None = None
-    """``(n_transitions,)`` log-probabilities before the update, where the algorithm asks for them; None otherwise."""
+    """``(n_transitions,)`` log-probabilities before the first update on these transitions. Set as ``advantages`` are."""
+
+    def completed(self, baseline: th.Tensor, log_prob: th.Tensor) -> "EpisodicRolloutBufferSamples":
+        """
+        The same with ``advantages`` and ``old_log_prob``, where they are missing.
+
+        :param baseline: ``(n_transitions,)`` values; detached, unless the policy loss is also to train the critic
+        :param log_prob: ``(n_transitions,)`` log-probabilities of the current policy
+        """
+        return self._replace(
+            advantages=self.returns - baseline if self.advantages is None else self.advantages,
+            old_log_prob=log_prob.detach() if self.old_log_prob is None else self.old_log_prob,
+        )
 
 
 def cut_episodes(

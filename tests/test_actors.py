@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from scipy import stats
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, SharedMlpPolicy, actors, plain_mlp
-from sb3_episodic_a2c.actors import NumpyActor, TorchActor, make_actor
+from sb3_episodic_a2c.actors import NumpyActor, TorchActor, make_actor, reason_against_numpy
 from sb3_episodic_a2c.plain_mlp import NUMPY_ACTIVATIONS, TORCH_ACTIVATIONS, inspect
 from tests.envs import ACTION_SPACES, OBSERVATION_SPACES, TargetEnv, vectorized
 
@@ -448,7 +449,7 @@ def test_actions_come_from_the_policys_own_way_of_sampling() -> None:
     assert OwnSampling.n_calls == 100
 
     model = EpisodicA2C(SquashedPolicy, "Pendulum-v1", policy_kwargs={"log_std_init": 2.0}, device="cpu")
-    assert "SquashedDiagGaussianDistribution" in str(inspect(model.policy))
+    assert "SquashedDiagGaussianDistribution" in str(reason_against_numpy(inspect(model.policy)))
     model.learn(200)
     assert np.abs(model.rollout_buffer.actions).max() <= 1
 
@@ -589,7 +590,7 @@ def test_everything_else_is_done_by_torch(policy: Any, observation: str, policy_
     env = vectorized(lambda _: TargetEnv(OBSERVATION_SPACES[observation], ACTION_SPACES["discrete"]), 1)
     model = EpisodicA2C(policy, env, policy_kwargs=policy_kwargs, device="cpu")
     assert isinstance(model._actor, TorchActor)
-    assert reason in str(inspect(model.policy))
+    assert reason in str(reason_against_numpy(inspect(model.policy)))
     model.learn(10)
     with pytest.raises(ValueError, match=rf'`actor` is "numpy", but.*{reason}.*actor="auto" or "torch"'):
         EpisodicA2C(policy, env, policy_kwargs=policy_kwargs, actor="numpy")
@@ -748,5 +749,35 @@ def test_learning_is_the_same_with_either_actor() -> None:
     assert stats.mannwhitneyu(solved_at["numpy"], solved_at["torch"]).pvalue > 0.01
 
 
-def test_every_distribution_of_a_plain_policy_has_a_sampler() -> None:
-    assert set(plain_mlp.DISTRIBUTIONS) == set(actors.SAMPLERS)
+@pytest.mark.parametrize("change", ["prune", "weight_norm", "no_bias", "no_critic_bias"])
+@pytest.mark.parametrize("when", ["_on_step", "_on_rollout_end"])
+def test_layers_that_are_changed_during_a_rollout(change: str, when: str) -> None:
+    """The actor follows at the next rollout at the latest, training at once."""
+
+    def apply(policy: Any) -> None:
+        if change == "prune":
+            prune.l1_unstructured(policy.action_net, "weight", 0.5)
+        elif change == "weight_norm":
+            nn.utils.parametrizations.weight_norm(policy.action_net)
+        else:
+            (policy.action_net if change == "no_bias" else policy.value_net).bias = None
+
+    class Change(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.change("_on_step")
+
+        def _on_rollout_end(self) -> None:
+            self.change("_on_rollout_end")
+
+        def change(self, now: str) -> bool:
+            if now == when and not self.is_changed:
+                self.is_changed = True
+                apply(self.model.policy)
+                self.model.policy.optimizer = th.optim.Adam(self.model.policy.parameters())
+            return True
+
+        is_changed = False
+
+    callback = Change()
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", batch_size=5, seed=0, device="cpu").learn(300, callback=callback)
+    assert callback.is_changed and model._n_updates > 3

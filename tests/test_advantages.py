@@ -338,3 +338,12 @@ def test_value_epochs_leave_batch_norm_to_the_update() -> None:
         n_tracked.append(int(model.policy.features_extractor.norm.num_batches_tracked))
     # One pass of the update, and one of each value epoch
     assert n_tracked == [1, 1 + 3]
+
+
+def test_value_epochs_with_a_frozen_critic() -> None:
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", n_value_epochs=2, seed=0, device="cpu")
+    for module in (model.policy.value_net, model.policy.mlp_extractor.value_net):
+        module.requires_grad_(False)
+    before = parameters_of(model)
+    model.learn(300)
+    assert not th.equal(before, parameters_of(model))

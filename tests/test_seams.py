@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import torch as th
 from torch.nn import functional as F
@@ -13,6 +14,7 @@ from sb3_episodic_a2c.guards.transaction import Transaction
 from sb3_episodic_a2c.losses import Losses, policy_loss
 from sb3_episodic_a2c.returns import STANDARDIZATIONS, ReturnStatistics, Standardization, update_statistics
 from sb3_episodic_a2c.samples import EpisodicRolloutBufferSamples
+from sb3_episodic_a2c.tools import zoo
 from tests.envs import TargetEnv, vectorized
 
 
@@ -112,6 +114,11 @@ def _divide_by_running_std(
 
 def test_another_standardisation_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STANDARDIZATIONS, "scale", Standardization(_divide_by_running_std, has_units=True, is_running=True))
+    # RL Zoo's sampler offers it
+    study = optuna.create_study()
+    trial = study.ask()
+    zoo.sample_params(trial, n_actions=2, n_envs=1, additional_args={})
+    assert "scale" in trial.distributions["standardize_returns"].choices
     solved = StopTrainingOnSolved(reward_threshold=100, n_episodes=20)
     model = EpisodicA2C("MlpPolicy", "CartPole-v1", standardize_returns="scale", seed=0, device="cpu")
     model.learn(50_000, callback=solved)
@@ -141,8 +148,7 @@ def test_a_train_of_ones_own_in_the_transaction() -> None:
                     if step == 0:
                         transaction.commit()
                     self.policy.optimizer.step()
-            self.rollout_buffer.next_statistics = None
-            self._n_updates += 1
+                self._n_updates += 1
 
     model = TwoSteps("MlpPolicy", "CartPole-v1", seed=0, device="cpu").learn(20_000)
     assert model.return_statistics.count > 0
@@ -179,3 +185,39 @@ def test_all_environments_share_one_update() -> None:
     model = Sizes("MlpPolicy", vectorized(lambda _: TargetEnv(), 3), batch_size=7, seed=0, device="cpu")
     model.learn(60)
     assert max(sizes) == 7 and sum(sizes) % model.rollout_buffer.size() == 0
+
+
+def test_several_updates_on_one_rollout_see_the_log_probabilities_before_the_first() -> None:
+    """What a clipped ratio needs."""
+    ratios: list[list[float]] = []
+
+    class Epochs(ClippedRatio):
+        def _losses(self, samples: EpisodicRolloutBufferSamples, values: th.Tensor, log_prob: th.Tensor, *args: Any) -> Losses:
+            assert samples.old_log_prob is not None
+            ratios[-1].append(float((log_prob - samples.old_log_prob).detach().abs().max()))
+            return super()._losses(samples, values, log_prob, *args)
+
+        def train(self) -> None:
+            ratios.append([])
+            for _ in range(4):
+                super().train()
+
+    Epochs("MlpPolicy", "CartPole-v1", learning_rate=0.01, seed=0, device="cpu").learn(500)
+    updates = [ratio for ratio in ratios if ratio]
+    assert updates and all(ratio[0] == 0 and min(ratio[1:]) > 1e-4 for ratio in updates)
+
+
+@pytest.mark.parametrize("name", ["values", "log_probs", "advantages"])
+def test_an_objective_may_read_the_buffer(name: str) -> None:
+    """Between two passes, too: what it computes for that leaves the gradients alone."""
+
+    class Reading(EpisodicA2C):
+        def _losses(self, samples: EpisodicRolloutBufferSamples, *args: Any) -> Losses:
+            assert len(getattr(self.rollout_buffer, name)) == self.rollout_buffer.size()
+            return super()._losses(samples, *args)
+
+    reading, plain = (
+        algorithm("MlpPolicy", "CartPole-v1", batch_size=5, seed=0, device="cpu").learn(300)
+        for algorithm in (Reading, EpisodicA2C)
+    )
+    assert th.equal(parameters_of(reading), parameters_of(plain))

@@ -50,7 +50,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     check("n_episodes", _is_integer(arguments["n_episodes"], 1), "It must be an integer >= 1 (episodes per environment).")
     check("gamma", _is_number(gamma) and 0 <= gamma <= 1, "It must lie in [0, 1], e.g. 0.99.")
     method = arguments["standardize_returns"]
-    check("standardize_returns", method in STANDARDIZATIONS, f"It must be one of {(*STANDARDIZATIONS,)}.")
+    check("standardize_returns", method in (*STANDARDIZATIONS,), f"It must be one of {(*STANDARDIZATIONS,)}.")
     check("handle_timeout_termination", isinstance(arguments["handle_timeout_termination"], bool), "It must be True or False.")
     check(
         "handle_timeout_termination",
@@ -60,7 +60,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     )
     check(
         "partial_episodes",
-        arguments["partial_episodes"] in PARTIAL_EPISODES,
+        arguments["partial_episodes"] in (*PARTIAL_EPISODES,),
         f"It must be one of {(*PARTIAL_EPISODES,)}.",
     )
     huber_delta, vf_coef = arguments["huber_delta"], arguments["vf_coef"]

@@ -10,7 +10,7 @@ import torch as th
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-NOT_MADE = "so the update was not made and the parameters are as they were."
+NOT_MADE = "so the step was not made and the parameters are as they were before it."
 
 
 def has_finite_numbers(observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:

@@ -30,20 +30,21 @@ def guarded_training(model: Any) -> Iterator[None]:
         with watch_workers(model.env):
             yield
     except BaseException as error:
-        th.set_grad_enabled(is_grad_enabled)
-        if model.env is not None:
-            _abandon_rollout(model, model.env, error)
+        # First of all: a second Ctrl-C must not leave half of this undone
+        with uninterrupted():
+            th.set_grad_enabled(is_grad_enabled)
+            if model.env is not None:
+                _abandon_rollout(model, model.env, error)
         raise
 
 
 def _abandon_rollout(model: Any, env: VecEnv, error: BaseException) -> None:
     """Forget the rollout, and say which environment is the cause."""
-    with uninterrupted():
-        steps = model.rollout_buffer.running_steps
-        # Which environments have made the last step is unknown: reset all of them
-        model._last_obs = None
-        model.rollout_buffer.reset()
-        restore_statistics(model.get_vec_normalize_env(), model._normalize_statistics)
+    steps = model.rollout_buffer.running_steps
+    # Which environments have made the last step is unknown: reset all of them
+    model._last_obs = None
+    model.rollout_buffer.reset()
+    restore_statistics(model.get_vec_normalize_env(), model._normalize_statistics)
     where = (
         f"after {model.num_timesteps} env steps. The model is as it was after update {model._n_updates}; "
         "the next `learn` starts with a reset of the environments"

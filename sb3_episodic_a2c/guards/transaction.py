@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch as th
+from torch import nn
 
 from sb3_episodic_a2c.guards.numbers import check_gradient
 from sb3_episodic_a2c.guards.signals import uninterrupted
@@ -35,11 +36,33 @@ class Transaction:
         """
         self._undo.callback(function, *arguments)
 
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """
+        Give an attribute another value, unless the changes are undone.
+
+        :param owner: The object that has the attribute
+        :param name: Name of the attribute
+        :param value: Its new value
+        """
+        self.on_undo(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
+    def keep_buffers(self, module: nn.Module) -> None:
+        """
+        Put back the buffers of a module, such as batch norm's statistics, if the changes are undone.
+
+        :param module: The module. It may write into its buffers or replace them
+        """
+        for owner in module.modules():
+            for name, buffer in owner.named_buffers(recurse=False):
+                self.on_undo(setattr, owner, name, buffer)
+                self.keep([buffer])
+
     def keep(self, tensors: Iterable[th.Tensor]) -> None:
         """
         Put back what these tensors hold now, if the changes are undone.
 
-        :param tensors: Parameters or buffers that are about to be written to
+        :param tensors: Those that are about to be written to
         """
         for tensor in tensors:
             self.on_undo(_write, tensor, tensor.detach().clone())
@@ -58,7 +81,7 @@ class Transaction:
 
 class OptimizerStep(Transaction):
     """
-    One step of an optimizer, taken if it leaves all parameters finite, with what changes before it.
+    One step of an optimizer, taken if its gradient is finite, with what changes before it.
 
     :param optimizer: The optimizer. Its gradients are dropped at the start, and when the step is not taken
     """
@@ -75,12 +98,8 @@ class OptimizerStep(Transaction):
             parameter.grad = None
         return self
 
-    def _parameters(self) -> list[th.nn.Parameter]:
+    def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    def has_gradient(self) -> bool:
-        """Whether a parameter has a gradient by now."""
-        return any(parameter.grad is not None for parameter in self._parameters())
 
     def take(self, name: str, max_grad_norm: float | None = None, before: Callable[[], None] = lambda: None) -> None:
         """
@@ -94,7 +113,7 @@ class OptimizerStep(Transaction):
         parameters = [parameter for parameter in self._parameters() if parameter.grad is not None]
         norm = check_gradient(parameters, name)
         if max_grad_norm is not None:
-            th.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         before()
         # Before the step: if that failed half-way, the parameters of before would not fit the rest
         self.commit()

@@ -60,6 +60,7 @@ from torch import nn
 import sb3_episodic_a2c
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C
 from sb3_episodic_a2c.returns import STANDARDIZATIONS
+from sb3_episodic_a2c.selection import PARTIAL_EPISODES
 
 if TYPE_CHECKING:
     import optuna
@@ -196,7 +197,7 @@ def _suggest(trial: "optuna.Trial", n_actions: int, n_envs: int) -> dict[str, An
         "activation_fn": trial.suggest_categorical("activation_fn", list(ACTIVATION_FNS)),
     }
     if n_envs > 1:
-        sampled_params["partial_episodes"] = trial.suggest_categorical("partial_episodes", ["carry", "discard"])
+        sampled_params["partial_episodes"] = trial.suggest_categorical("partial_episodes", list(PARTIAL_EPISODES))
     if n_actions > 0:
         sampled_params["use_sde"] = trial.suggest_categorical("use_sde", [False, True])
         sampled_params["sde_sample_freq"] = trial.suggest_categorical("sde_sample_freq", [-1, 4, 8, 16, 64])
