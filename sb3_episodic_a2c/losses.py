@@ -1,4 +1,4 @@
-"""The three terms of the loss, and their weighted sum. Pure functions on flat ``(n_transitions,)`` tensors."""
+"""The terms of the loss, and their weighted sum. Pure functions on flat ``(n_transitions,)`` tensors."""
 
 from typing import NamedTuple
 

@@ -1,5 +1,5 @@
 """
-Whether a policy is a plain MLP, whose layers can be run one after another without the policy's own methods.
+Whether a policy is a plain MLP, whose layers can be run one after another, in torch or in NumPy, without its own methods.
 
 One inspection answers for all fast paths: the NumPy actor, values at time limits, and the evaluation of transitions in
 training. It gives the layers, or the reason why not.

@@ -240,7 +240,7 @@ def test_numpy_samples_from_a_compiled_policy_where_it_is_asked_to(algorithm: ty
 
 
 def test_hooks_for_all_modules_are_called() -> None:
-    """With a plain MLP policy, too, which is otherwise run in NumPy."""
+    """Also with a plain MLP policy, which is otherwise run in NumPy."""
     seen: list[str] = []
     model = EpisodicA2C("MlpPolicy", TargetEnv(), seed=0, device="cpu")
     with th.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__)):

@@ -1,5 +1,6 @@
 """
-What may go wrong from outside, one subject a file: arguments, files, numbers, signals, worker processes.
+What may go wrong from outside, one subject a file: arguments, files, numbers, signals, worker processes. `transaction`
+undoes what an update has changed so far, `training` is the one `with` that `learn` needs.
 
 What a user sees of it. In each case the model is as after its last update, and the next ``learn`` resets the environments.
 

@@ -1,4 +1,11 @@
-"""Numbers that are not finite: where they come from, and what they spoil."""
+"""
+Numbers that are not finite: where they come from, and what they spoil.
+
+Where they are refused: an observation before an action is chosen for it (:func:`check_policy_input`) and at the end of its
+episode (``EpisodicRolloutBuffer.check_observations``); a reward at the end of its episode
+(``EpisodicRolloutBuffer.compute_returns``), with ``VecNormalize`` at once (:func:`check_rewards`); a gradient and a learning
+rate before the step of the optimizer.
+"""
 
 import copy
 import math
