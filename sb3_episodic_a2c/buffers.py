@@ -568,7 +568,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
     def _compute_advantages(self, values: np.ndarray) -> np.ndarray:
         """From values ``(n_transitions,)`` in the units of ``returns``."""
         if self._gae_lambda == 1 or not len(values):
-            return self.returns[:, 0] - values
+            return self.returns[:, 0] - values.astype(np.float32)
         mean, std = self._units.mean, self._units.std
         has_statistics = self._units.count > 0
         raw_values = unstandardize(values.astype(np.float64), mean, std) if has_statistics else values
