@@ -99,7 +99,7 @@ class PlainMlp:
         self.critic = critic
         self._original = unwrapped(policy)
         self._containers = _containers(self._original)
-        self._layers = [*actor, *(critic or [])]
+        self._linear = [layer for layer in (*actor, *(critic or [])) if type(layer) is nn.Linear]
         self._names = self._parameter_names()
         self.shares_memory = _is_on_cpu(actor[-1])
         """Whether NumPy works on the parameters where they are, not on copies. One device holds all of them."""
@@ -133,7 +133,7 @@ class PlainMlp:
 
     def _parameter_names(self) -> list[list[str]]:
         """They change when a layer is pruned or parametrized."""
-        return [[name for name, tensor in layer._parameters.items() if tensor is not None] for layer in self._layers]
+        return [[*layer._parameters] for layer in self._linear]
 
 
 def inspect(policy: ActorCriticPolicy) -> PlainMlp | str:
