@@ -359,6 +359,8 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self.full = True
         self._indices = self._flat_indices(episode[:3] for episode in self.episodes)
         self._evaluations = None
+        # Those of a rollout in which no episode had ended yet may have been read
+        self._advantages, self._computed_advantages, self._has_fixed_advantages = None, None, False
         self._evaluate = evaluate
         self._units = next_statistics or ReturnStatistics()
         self.next_statistics = next_statistics
@@ -560,9 +562,9 @@ class EpisodicRolloutBuffer(BaseBuffer):
             self._computed_advantages is None or not np.array_equal(self._advantages, self._computed_advantages)
         )
         is_fixed = is_written or self._gae_lambda < 1
-        if is_fixed:
-            # Computed now, if they are not there yet
-            assert self.advantages is not None
+        if is_fixed and self._advantages is None:
+            # The first look computes them, before any pass of training
+            self._advantages = self.advantages
         self._has_fixed_advantages = is_fixed
 
     def _compute_advantages(self, values: np.ndarray) -> np.ndarray:

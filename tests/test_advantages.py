@@ -347,3 +347,23 @@ def test_value_epochs_with_a_frozen_critic() -> None:
     before = parameters_of(model)
     model.learn(300)
     assert not th.equal(before, parameters_of(model))
+
+
+@pytest.mark.parametrize("gae_lambda", [1.0, 0.9])
+def test_advantages_that_were_read_before_an_episode_ended(gae_lambda: float) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    class Read(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            buffer = self.model.rollout_buffer  # type: ignore[attr-defined]  # ours
+            assert buffer.advantages.shape == (buffer.size(), 1)
+            shapes.append(buffer.advantages.shape)
+
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", gae_lambda=gae_lambda, seed=0, device="cpu")
+    for _ in range(20):
+        # The budget of a call ends before an episode does
+        model.learn(5, callback=Read(), reset_num_timesteps=False)
+    assert (0, 1) in shapes and max(shapes) > (5, 1) and model._n_updates > 0
