@@ -7,6 +7,7 @@ from sb3_episodic_a2c.maskable import MaskableEpisodicA2C
 from sb3_episodic_a2c.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
 from sb3_episodic_a2c.presets import notebook_preset
 from sb3_episodic_a2c.recurrent import RecurrentEpisodicA2C
+from sb3_episodic_a2c.vector import as_vec_env
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "ResumableCheckpointCallback",
     "SharedMlpPolicy",
     "__version__",
+    "as_vec_env",
     "load_checkpoint",
     "notebook_preset",
     "resume",

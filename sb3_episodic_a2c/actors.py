@@ -30,7 +30,8 @@ from stable_baselines3.common.distributions import (
     StateDependentNoiseDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import LinearSchedule, obs_as_tensor
 from torch import nn
 
 from sb3_episodic_a2c.plain_mlp import (
@@ -56,6 +57,9 @@ TOO_LARGE = (
 NOISE_BLOCK = 512
 """How many random numbers are drawn at once."""
 
+INDEPENDENT = 1.0
+"""The probability that an environment gets new noise at a step, where every action is sampled on its own."""
+
 Sampler = Callable[[Array, Array, dict[str, Array]], Array]
 """``(output of action_net (n, k), latent of the actor (n, d), policy inputs) -> actions``."""
 
@@ -64,6 +68,8 @@ class Actor(Protocol):
     """Samples actions from the current policy."""
 
     name: ClassVar[str]
+    noise_resample_prob: float
+    """Probability that an environment gets new noise at a step. Set before a rollout, which starts with new noise."""
 
     @property
     def policy(self) -> ActorCriticPolicy:
@@ -154,6 +160,7 @@ class TorchActor:
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self._policy = policy
+        self.noise_resample_prob = INDEPENDENT
 
     @property
     def policy(self) -> ActorCriticPolicy:
@@ -181,11 +188,14 @@ class TorchActor:
 
 class NumpyActor:
     """
-    Samples in NumPy from an MLP policy on flat observations.
+    Samples in NumPy from an MLP policy on any observations but images.
 
     On the CPU it works on views of the torch parameters, which share their memory and so follow every optimizer step at no
     cost; a parameter that was replaced is noticed at the next action. On another device it works on copies, made at every
     rollout. Modules that were replaced are noticed at the next rollout.
+
+    Noise may persist: then an environment keeps what its actions are drawn with, for a random number of steps. Each single
+    action still has the policy's own distribution, but those of neighbouring steps are alike.
 
     :param plain: The layers of the policy to sample from
     :param rng: Source of the random numbers (gSDE's come from torch)
@@ -196,6 +206,7 @@ class NumpyActor:
     def __init__(self, plain: PlainMlp, rng: np.random.Generator) -> None:
         self.plain = plain
         self.rng = rng
+        self.noise_resample_prob = INDEPENDENT
         self._is_compiled = is_compiled(plain.policy)
         self._view_parameters()
 
@@ -222,6 +233,7 @@ class NumpyActor:
         self._layers = numpy_layers(hidden)
         self._action_net = numpy_layers([action_net])
         self._starts_with_activation = not isinstance(self.plain.actor[0], nn.Linear)
+        self._has_flat_observations = isinstance(self.policy.observation_space, spaces.Box)
         is_gaussian = type(self.policy.action_dist) is DiagGaussianDistribution
         # With as many dimensions as a batch of actions: NumPy is twice as slow where these differ
         self._log_std = to_numpy(self.policy.log_std)[None] if is_gaussian else None
@@ -232,17 +244,20 @@ class NumpyActor:
         self._action_shape = action_space.shape if self._is_continuous and len(action_space.shape) != 1 else None
         # Drop noise that was drawn ahead, so that a rollout depends only on the generator's state at its start
         self._noise_left: list[Array] = []
+        self._held_noise: Array | None = None
 
-    def latent_and_output(self, observations: Array) -> tuple[Array, Array]:
+    def latent_and_output(self, observations: Array | dict[str, Array]) -> tuple[Array, Array]:
         """
         The forward pass of the actor.
 
-        :param observations: ``(n, *obs_shape)``
+        :param observations: ``(n, *obs_shape)``, or a dict of such arrays
         :return: The latent, ``(n, latent_dim)`` or for ``n = 1`` ``(latent_dim,)``, and the output of ``action_net``
             ``(n, k)``: logits or means, float32
         """
         if self.plain.addresses() != self._addresses:
             self._view_parameters()
+        if not self._has_flat_observations or isinstance(observations, dict):
+            observations = self.plain.numbers.array(observations)
         n = len(observations)
         # Vectors for a single observation: NumPy adds a vector to a vector three times faster than to a matrix of one row
         hidden = observations.reshape(-1) if n == 1 else observations.reshape(n, -1)
@@ -261,7 +276,6 @@ class NumpyActor:
                 return self._sample_actions(observations, policy_inputs)
 
     def _sample_actions(self, observations: Array | dict[str, Array], policy_inputs: dict[str, Array]) -> Array:
-        assert isinstance(observations, np.ndarray)
         latent, output = self.latent_and_output(observations)
         actions = self._sample(output, latent, policy_inputs)
         # Discrete actions are finite whatever they were drawn from
@@ -298,7 +312,18 @@ class NumpyActor:
         if not self._noise_left or self._noise_left[-1].shape != shape:
             n_steps = max(1, NOISE_BLOCK // math.prod(shape))
             self._noise_left = list(self._draw((n_steps, *shape)))
-        return self._noise_left.pop()
+        noise = self._noise_left.pop()
+        return noise if self.noise_resample_prob >= INDEPENDENT else self._hold(noise)
+
+    def _hold(self, noise: Array) -> Array:
+        """The noise of the step before, except in the environments whose turn it is to get this one, ``(n_envs, k)``."""
+        held = self._held_noise
+        if held is None or held.shape != noise.shape:
+            held = self._held_noise = noise
+        else:
+            is_new = self.rng.random(len(noise)) < self.noise_resample_prob
+            held[is_new] = noise[is_new]
+        return held
 
     def _perturb(self, logits: Array, policy_inputs: dict[str, Array]) -> Array:
         """
@@ -372,16 +397,39 @@ def reason_against_numpy(plain: PlainMlp | str) -> str | None:
     return None if distribution in SAMPLERS else f"the distribution is a {distribution.__name__}"
 
 
-def make_actor(policy: ActorCriticPolicy, choice: ActorChoice, rng: np.random.Generator) -> Actor:
+def noise_schedule(noise_resample_prob: float | Schedule) -> Schedule:
+    """
+    Persistent noise helps an agent to find what it has never seen; learning it well then takes independent noise.
+
+    :param noise_resample_prob: A number, which rises linearly to 1 until half of the training is over; or a schedule
+    :return: The probability that an environment gets new noise at a step, from the progress remaining
+    """
+    return noise_resample_prob if callable(noise_resample_prob) else LinearSchedule(noise_resample_prob, INDEPENDENT, 0.5)
+
+
+def make_actor(
+    policy: ActorCriticPolicy, choice: ActorChoice, rng: np.random.Generator, has_persistent_noise: bool = False
+) -> Actor:
     """
     :param policy: The policy to sample from
     :param choice: ``"auto"``: NumPy where it is possible, otherwise torch; or one of these by name
     :param rng: Source of the random numbers of the NumPy actor
+    :param has_persistent_noise: Whether noise is to persist, which the NumPy actor alone can do
     :return: The actor
-    :raises ValueError: ``choice`` is ``"numpy"``, but NumPy is not possible
+    :raises ValueError: ``choice`` is ``"numpy"``, or noise is to persist, but NumPy is not possible
     """
     plain = inspect(policy)
     reason = reason_against_numpy(plain)
+    if has_persistent_noise:
+        if reason is None and choice == "torch":
+            reason = 'actor="torch" was asked for'
+        elif reason is None and type(policy.action_dist) is StateDependentNoiseDistribution:
+            reason = "gSDE has noise of its own, whose `sde_sample_freq` it is"
+        if reason is not None:
+            raise ValueError(
+                f"`noise_resample_prob` is not 1, but noise persists only with the NumPy actor, and {reason}. Leave it at 1.0."
+            )
+        choice = "numpy"
     if choice == "numpy" and reason is not None:
         raise ValueError(f'`actor` is "numpy", but {reason}. Use actor="auto" or "torch".')
     if choice == "torch" or isinstance(plain, str) or reason is not None or (choice == "auto" and is_compiled(policy)):

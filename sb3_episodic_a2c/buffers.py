@@ -1,7 +1,7 @@
 """The rollout buffer: rows of vec-steps, cut into complete episodes, and the transitions available for training."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -9,9 +9,28 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer
 
-from sb3_episodic_a2c.returns import EPSILON, ReturnStatistics, discounted_returns, generalized_advantages, unstandardize
-from sb3_episodic_a2c.samples import EpisodeSegment, EpisodicRolloutBufferSamples, RunningEpisodes, cut_episodes
+from sb3_episodic_a2c.returns import (
+    EPSILON,
+    ReturnStatistics,
+    discounted_returns,
+    discounted_returns_of_columns,
+    generalized_advantages,
+    unstandardize,
+)
+from sb3_episodic_a2c.samples import (
+    EpisodeSegment,
+    EpisodicRolloutBufferSamples,
+    RunningEpisodes,
+    cut_episodes,
+    episode_ends,
+    flat_indices,
+    refuse_returns,
+    rows_if_dense,
+)
 from sb3_episodic_a2c.selection import TakeFinished, TransitionCounts
+
+INITIAL_BUFFER_SIZE = 128
+"""Rows to start with."""
 
 Evaluate = Callable[[bool], tuple[np.ndarray, np.ndarray]]
 """``with_log_probs -> (values, log_probs)`` of the available transitions, ``(n_transitions,)`` each."""
@@ -257,17 +276,6 @@ class EpisodicRolloutBuffer(BaseBuffer):
         """Whether the rollout has the episodes that it wants."""
         return self.selection.is_complete(len(self.episodes))
 
-    def wanted_infos(self, infos: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """
-        ``infos``, emptied where the running episode will be discarded: counting those would favour short ones.
-
-        :param infos: The infos of all environments
-        """
-        if self.selection.all_wanted:
-            return infos
-        is_wanted = self.selection.is_wanted.tolist()
-        return [info if wanted else {} for info, wanted in zip(infos, is_wanted, strict=True)]
-
     @property
     def n_episodes(self) -> int:
         """Number of complete episodes."""
@@ -300,23 +308,21 @@ class EpisodicRolloutBuffer(BaseBuffer):
         rewards = self._rows.get("rewards")
         if rewards is None or not self.episodes:
             return np.zeros(0)
-        returns = [
-            discounted_returns(rewards[episode.first_row : episode.end_row, episode.env_index], gamma, episode.terminal_value)
-            for episode in self.episodes
-        ]
-        for episode, episode_returns in zip(self.episodes, returns, strict=True):
-            is_finite = np.isfinite(episode_returns)
-            if not is_finite.all():
-                # The returns of all earlier steps inherit what is wrong
-                step = int(np.flatnonzero(~is_finite)[-1])
-                reward = rewards[episode.first_row + step, episode.env_index]
-                raise ValueError(
-                    f"The return of environment {episode.env_index} is {episode_returns[step]} at step {step} of "
-                    f"its {len(episode_returns)}: the reward there was {reward}, the value after the last step "
-                    f"{episode.terminal_value}. Rewards and observations must be finite: wrap the environment in "
-                    "stable_baselines3.common.vec_env.VecCheckNan to find the cause."
-                )
-        return np.concatenate(returns)
+        first_row, end_row = rows_if_dense(self.episodes, self.n_envs)
+        if end_row:
+            ends = episode_ends(self.episodes, first_row)
+            columns = discounted_returns_of_columns(rewards[first_row:end_row], gamma, ends)
+            returns = columns.reshape(-1).take(flat_indices(self.episodes, self.n_envs) - first_row * self.n_envs)
+        else:
+            returns = np.concatenate(
+                [
+                    discounted_returns(rewards[start:end, env_index], gamma, terminal_value)
+                    for env_index, start, end, terminal_value in self.episodes
+                ]
+            )
+        if not np.isfinite(returns).all():
+            refuse_returns(self.episodes, returns, rewards)
+        return returns
 
     def check_observations(self) -> None:
         """
@@ -324,11 +330,14 @@ class EpisodicRolloutBuffer(BaseBuffer):
 
         :raises ValueError: It names the environment and the step
         """
+        first_row, end_row = rows_if_dense(self.episodes, self.n_envs)
         for name in [name for name in self._rows if name.startswith("observations") and self._rows[name].dtype.kind == "f"]:
+            # All rows at once, and only if this fails, for which running episodes may be to blame, one by one
+            if end_row and _is_finite(self._rows[name][first_row:end_row]):
+                continue
             for episode in self.episodes:
                 observations = self._rows[name][episode.first_row : episode.end_row, episode.env_index]
-                # This takes no memory, unlike `isfinite` of all numbers. NaN passes through min and max
-                if observations.size and not (math.isfinite(observations.min()) and math.isfinite(observations.max())):
+                if not _is_finite(observations):
                     is_finite = np.isfinite(observations.reshape(len(observations), -1)).all(axis=1)
                     step = int(np.flatnonzero(~is_finite)[0])
                     raise ValueError(
@@ -357,7 +366,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self.returns = returns.astype(np.float32).reshape(-1, 1)
         self.pos = len(returns)
         self.full = True
-        self._indices = self._flat_indices(episode[:3] for episode in self.episodes)
+        self._indices = flat_indices(self.episodes, self.n_envs)
         self._evaluations = None
         # Those of a rollout in which no episode had ended yet may have been read
         self._advantages, self._computed_advantages, self._has_fixed_advantages = None, None, False
@@ -376,18 +385,6 @@ class EpisodicRolloutBuffer(BaseBuffer):
         if self._evaluations is None:
             self._evaluations = values, log_probs
         self._evaluate = None
-
-    def _flat_indices(self, segments: Iterable[tuple[int, int, int]]) -> np.ndarray:
-        """
-        Where transitions lie in the arrays flattened over (row, environment).
-
-        :param segments: Environment, first row (included) and end row (excluded) of each episode
-        :return: ``(n_transitions,)``, the segments concatenated
-        """
-        return np.concatenate(
-            [np.arange(first_row, end_row) * self.n_envs + env_index for env_index, first_row, end_row in segments]
-            or [np.zeros(0, dtype=np.int64)]
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Leave out the model that `_evaluate` holds, and rows that are not in use
@@ -435,7 +432,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         env_indices = np.flatnonzero(self.selection.is_wanted & (self.running_steps > 0))
         if not len(env_indices):
             return
-        indices = self._flat_indices((int(index), int(self._first_rows[index]), self._row) for index in env_indices)
+        indices = flat_indices([(index, self._first_rows[index], self._row) for index in env_indices], self.n_envs)
         first = 0
         for batch, episode_lengths in cut_episodes(self.running_steps[env_indices], batch_size, whole_episodes=True):
             last = first + len(episode_lengths)
@@ -588,6 +585,11 @@ class EpisodicRolloutBuffer(BaseBuffer):
         ]
         scale = std + EPSILON if has_statistics else 1.0
         return (np.concatenate(advantages) / scale).astype(np.float32)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Takes no memory, unlike ``isfinite`` of all numbers. NaN passes through min and max."""
+    return not array.size or (math.isfinite(array.min()) and math.isfinite(array.max()))
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

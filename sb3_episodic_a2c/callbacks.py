@@ -35,13 +35,13 @@ class _FinishedEpisodesCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         continue_training = True
-        infos = self.locals["infos"]
+        env_indices = np.flatnonzero(self.locals["dones"])
         rollout_buffer = getattr(self.model, "rollout_buffer", None)
-        if isinstance(rollout_buffer, EpisodicRolloutBuffer):
+        if len(env_indices) and isinstance(rollout_buffer, EpisodicRolloutBuffer):
             # With `partial_episodes="discard"`, unused episodes finish only if short: counting them would favour short ones
-            infos = rollout_buffer.wanted_infos(infos)
-        for index in np.flatnonzero(self.locals["dones"]):
-            episode = infos[index].get("episode")
+            env_indices = env_indices[rollout_buffer.selection.is_wanted[env_indices]]
+        for index in env_indices.tolist():
+            episode = self.locals["infos"][index].get("episode")
             # Under wrappers that end episodes early (e.g. at the loss of a life) the Monitor's episode still runs
             if episode is not None:
                 self.n_episodes_seen += 1
@@ -153,7 +153,8 @@ class StopTrainingOnSolved(_FinishedEpisodesCallback):
 class EpisodeProgressCallback(_FinishedEpisodesCallback):
     """
     A progress bar over training episodes that shows ``episode_reward`` and ``running_reward``, the mean of the last
-    ``window`` episodes, as the notebook's does. Needs tqdm.
+    ``window`` episodes, as the notebook's does; and the env steps, and how long those that are left to ``learn`` will take.
+    Needs tqdm.
 
     :param total_episodes: Number of episodes that fills the bar; None: the bar only counts
     :param window: Number of episodes that ``running_reward`` is the mean of
@@ -177,6 +178,7 @@ class EpisodeProgressCallback(_FinishedEpisodesCallback):
     def _on_training_start(self) -> None:
         super()._on_training_start()
         self.pbar = self._tqdm(total=self.total_episodes, unit="episode", **self.tqdm_kwargs)
+        self._first_timestep = self.num_timesteps
 
     def _on_episode(self, episode_reward: float, episode_length: int) -> bool:
         self.episode_rewards.append(episode_reward)
@@ -186,10 +188,17 @@ class EpisodeProgressCallback(_FinishedEpisodesCallback):
             episode_reward=f"{episode_reward:.1f}",
             running_reward=f"{running_reward:.1f}",
             steps=self.num_timesteps,
+            left=self._tqdm.format_interval(self._seconds_left()),
             refresh=False,
         )
         self.pbar.update()
         return True
+
+    def _seconds_left(self) -> float:
+        n_done = self.num_timesteps - self._first_timestep
+        n_left = max(0, self.model._total_timesteps - self.num_timesteps)
+        # A bar that is disabled keeps no time
+        return n_left * self.pbar.format_dict.get("elapsed", 0.0) / n_done if n_done else 0.0
 
     def _on_training_end(self) -> None:
         # Draws the last state, which tqdm may have held back

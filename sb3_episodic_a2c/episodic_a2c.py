@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeVar
+from functools import partial
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 import torch as th
@@ -12,13 +13,12 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import explained_variance
+from stable_baselines3.common.utils import explained_variance, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.patch_gym import _patch_env
 from torch import nn
 
-from sb3_episodic_a2c.actors import ActorChoice, action_bounds, make_actor, to_env_actions
-from sb3_episodic_a2c.buffers import EpisodicRolloutBuffer
+from sb3_episodic_a2c.actors import INDEPENDENT, ActorChoice, action_bounds, make_actor, noise_schedule, to_env_actions
+from sb3_episodic_a2c.buffers import INITIAL_BUFFER_SIZE, EpisodicRolloutBuffer
 from sb3_episodic_a2c.evaluation import (
     Evaluations,
     evaluate_actions,
@@ -34,14 +34,15 @@ from sb3_episodic_a2c.guards.arguments import (
     check_policy_class,
     check_policy_name,
     check_spaces,
+    check_unknown,
     copy_nested,
 )
 from sb3_episodic_a2c.guards.files import SafelySaved
 from sb3_episodic_a2c.guards.numbers import (
     NormalizeStatistics,
-    check_learning_rate,
     check_rewards,
     has_finite_numbers,
+    scheduled,
     statistics_of,
 )
 from sb3_episodic_a2c.guards.training import guarded_training, raise_if_not_finite, warn_of_no_episode
@@ -53,19 +54,17 @@ from sb3_episodic_a2c.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, Sh
 from sb3_episodic_a2c.returns import STANDARDIZATIONS, ReturnStatistics, standardize_returns, unstandardize
 from sb3_episodic_a2c.samples import EpisodicRolloutBufferSamples
 from sb3_episodic_a2c.selection import PARTIAL_EPISODES
+from sb3_episodic_a2c.vector import GymnasiumVecEnv, as_vec_env, wrap_env
 
 SelfEpisodicA2C = TypeVar("SelfEpisodicA2C", bound="EpisodicA2C")
-
-INITIAL_BUFFER_SIZE = 128
-"""Rows that the rollout buffer starts with."""
 
 
 class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
     r"""
     Episodic Advantage Actor Critic: REINFORCE with a learned baseline, on complete episodes.
 
-    One update gathers ``n_episodes * n_envs`` complete episodes, computes the discounted Monte Carlo return
-    :math:`G_t` of every transition, standardises the returns and takes ONE gradient step on
+    One update gathers ``n_episodes * n_envs`` complete episodes, computes the discounted Monte Carlo return :math:`G_t` of
+    every transition, standardises the returns and takes ONE gradient step on
 
     .. math::
         -\sum_t \log \pi(a_t|s_t) A_t + \text{vf\_coef} \sum_t \text{huber}(V(s_t), G_t)
@@ -87,49 +86,41 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
     :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
     :param n_episodes: Complete episodes per environment per update
     :param gamma: Discount factor
-    :param standardize_returns: ``"running"``: by a running mean and standard deviation of the returns seen in training
-        (effective memory about 20,000 transitions); the critic's last layer is rescaled as they move, so that its values in
-        reward units stay. ``"episode"``: each episode by its own. ``"rollout"``: over all
-        transitions of the update. ``None``: raw returns. Or another key of
-        :data:`~sb3_episodic_a2c.returns.STANDARDIZATIONS`
+    :param standardize_returns: ``"running"``: by a running mean and standard deviation of the returns seen in training; the
+        critic's last layer is rescaled as they move, so its values in reward units stay. ``"episode"``: each by its own.
+        ``"rollout"``: over all of the update. ``None``: raw. Or a key of :data:`~sb3_episodic_a2c.returns.STANDARDIZATIONS`
     :param handle_timeout_termination: Whether an episode that was cut by a time limit gets the value of its last observation
-        as the return of what would have followed (https://arxiv.org/abs/1712.00378). The critic must have units
-        for that: with ``"episode"`` or ``"rollout"`` it must be False
-    :param partial_episodes: What happens, with several environments, to unfinished episodes when enough others are
-        complete. ``"carry"``: they are kept for the next update, so that no env step is thrown away; their head comes from
-        a slightly older policy. ``"discard"``: strictly on-policy; the first ``n_episodes * n_envs`` episodes that were
-        STARTED in the rollout are used, then all environments are reset. If the budget of ``learn`` ends in between, the
-        complete ones are used, and the others by the next call
+        as the return of what would have followed (https://arxiv.org/abs/1712.00378). False with ``"episode"``, ``"rollout"``
+    :param partial_episodes: What happens, with several environments, to unfinished episodes when enough others are complete.
+        ``"carry"``: they are kept for the next update, so that no env step is thrown away; their head comes from a slightly
+        older policy. ``"discard"``: strictly on-policy; the first ``n_episodes * n_envs`` episodes that were STARTED in the
+        rollout are used, then all environments are reset. Where a budget ends, complete ones are used, others by the next call
     :param huber_delta: Error, in units of the returns trained on, at which the value loss turns from quadratic to linear
-    :param detach_advantage: Whether the policy loss leaves the critic alone. ``False``: its gradient flows into the critic
-        through the advantage too
-    :param ent_coef: Entropy coefficient for the loss calculation
+    :param detach_advantage: Whether the policy loss leaves the critic alone, though its advantages come from there
+    :param ent_coef: Entropy coefficient for the loss calculation, it can be a function of the current progress remaining
     :param vf_coef: Value function coefficient for the loss calculation
-    :param max_grad_norm: The maximum norm of the gradient; None: no clipping. The loss is a sum, so a useful value is
-        larger than for A2C
-    :param batch_size: The most transitions in one forward and backward pass; None: all at once. On the CPU never more than
-        2048, or for 84x84x4 images 148, which is faster. The gradients of the passes are summed before the one optimizer
-        step, so it bounds memory and changes nothing else
+    :param max_grad_norm: The maximum norm of the gradient; None: no clipping. As the loss is a sum, larger than for A2C
+    :param batch_size: The most transitions in one forward and backward pass; None: all at once, but on the CPU 2048, or for
+        84x84x4 images 148, which is faster. The gradients of the passes are summed: it bounds memory and changes nothing else
     :param actor: What samples the actions while collecting, from the same distribution. ``"auto"``: NumPy for an MLP policy on
-        flat observations, which is several times faster, torch for everything else. ``"numpy"``, ``"torch"``: that one
+        all observations but images, several times faster, torch for everything else. ``"numpy"``, ``"torch"``: that one
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
-    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE.
-        -1: only at the beginning of the rollout
+    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE; -1: at the beginning of the rollout only
     :param rollout_buffer_class: A subclass of :class:`EpisodicRolloutBuffer`, which is what None stands for
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
-    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
-        the reported success rate, mean episode length, and mean reward over
+    :param stats_window_size: Number of episodes that logged success rate, episode length and reward are averaged over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
     :param policy_kwargs: additional arguments to be passed to the policy on creation. Copied, never written to
-    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
-        debug messages
+    :param verbose: 0: no output, 1: info messages (such as device or wrappers used), 2: debug messages
     :param seed: Seed for the pseudo random generators
-    :param device: Device (cpu, cuda, ...) on which the code should be run.
-        Setting it to auto, the code will be run on the GPU if possible.
+    :param device: Device (cpu, cuda, ...) on which the code should be run; ``"auto"``: on the GPU if possible
     :param gae_lambda: Factor of generalized advantages in the policy loss (https://arxiv.org/abs/1506.02438). 1: the Monte
-        Carlo return minus the value. Less: less variance, and more trust in the critic, which must have units and learns
-        from Monte Carlo returns in any case
+        Carlo return minus the value. Less: less variance, more trust in the critic, which must have units
     :param n_value_epochs: After the update, so many more gradient steps on the value loss alone, over the same episodes
+    :param value_learning_rate: The learning rate of these steps, or a function as ``learning_rate``; None: ``learning_rate``
+    :param noise_resample_prob: Probability that an environment gets new noise for its actions at a step. Less than 1: noise
+        persists, as with gSDE, while every action keeps the policy's own probability. A number rises to 1 until half of the
+        training is over; a function of the progress remaining is taken as it is
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: An argument is out of its range, or the spaces of the environment are not supported
     """
@@ -171,7 +162,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         partial_episodes: PartialEpisodes = "carry",
         huber_delta: float = 1.0,
         detach_advantage: bool = True,
-        ent_coef: float = 0.0,
+        ent_coef: float | Schedule = 0.0,
         vf_coef: float = 1.0,
         max_grad_norm: float | None = None,
         batch_size: int | None = None,
@@ -188,14 +179,13 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         device: th.device | str = "auto",
         gae_lambda: float = 1.0,
         n_value_epochs: int = 0,
+        value_learning_rate: float | Schedule | None = None,
+        noise_resample_prob: float | Schedule = INDEPENDENT,
         _init_setup_model: bool = True,
     ) -> None:
         check_arguments(locals())
         if env is not None:
-            env = maybe_make_env(env, verbose)
-            if not isinstance(env, VecEnv):
-                # Environments of old gym are wrapped by SB3
-                env = _patch_env(env)
+            env = as_vec_env(maybe_make_env(env, verbose))
             check_spaces(policy, env.observation_space, env.action_space, self.supported_action_spaces)
         super().__init__(
             policy,
@@ -206,7 +196,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             n_steps=INITIAL_BUFFER_SIZE,
             gae_lambda=gae_lambda,
             gamma=gamma,
-            ent_coef=ent_coef,
+            ent_coef=ent_coef,  # type: ignore[arg-type]  # SB3's is a number
             vf_coef=vf_coef,
             max_grad_norm=max_grad_norm,  # type: ignore[arg-type]  # SB3's always clip
             use_sde=use_sde,
@@ -230,6 +220,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         self.batch_size = batch_size
         self.actor = actor
         self.n_value_epochs = n_value_epochs
+        self.value_learning_rate = value_learning_rate
+        self.noise_resample_prob = noise_resample_prob
         self.return_statistics = ReturnStatistics()
         """The units of the critic: initial for raw returns, running for ``"running"``. Saved with the model."""
         self.n_steps: int
@@ -271,7 +263,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
     def _setup_actor(self) -> None:
         """Choose how actions are sampled. The random numbers of the NumPy actor depend on torch's seed."""
         rng = np.random.default_rng(int(th.randint(2**63 - 1, ()).item()))
-        self._actor = make_actor(self.policy, self.actor, rng)
+        self._actor = make_actor(self.policy, self.actor, rng, self.noise_resample_prob != INDEPENDENT)
         if self.verbose >= 1:
             print(f"Sampling actions with the {self._actor.name} actor")
 
@@ -282,6 +274,9 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             # Another policy has taken its place, e.g. one trained by imitation, or it was changed
             self._setup_actor()
         self._plain_mlp = plain
+        name = f"the rollout before update {self._n_updates + 1}"
+        schedule = noise_schedule(self.noise_resample_prob)
+        self._actor.noise_resample_prob = scheduled("noise_resample_prob", schedule, self._current_progress_remaining, name)
 
     def _current_plain_mlp(self) -> PlainMlp | None:
         """The layers that training may run without the policy's methods, if it is still the policy that was inspected."""
@@ -379,8 +374,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         is used up. At a step, callbacks see A2C's locals, except what only the update computes (``values``, ``log_probs``).
 
         :param env: The training environment
-        :param callback: Callback that will be called at each step
-            (and at the beginning and end of the rollout)
+        :param callback: Called at each step, and at the beginning and end of the rollout
         :param rollout_buffer: Buffer to fill with rollouts
         :param n_rollout_steps: Ignored: the length of the episodes is unknown. Named as callbacks know it from SB3
         :return: False if the callback terminated the rollout, which the next call then continues; True otherwise
@@ -410,6 +404,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
 
         vec_normalize = self.get_vec_normalize_env()
         self._normalize_statistics = statistics_of(vec_normalize)
+        vector_env = env.unwrapped if isinstance(env.unwrapped, GymnasiumVecEnv) else None
         continue_training = True
         # At least one step, also where a callback stopped a rollout that was complete: at the end, callbacks expect its locals
         while (
@@ -442,13 +437,16 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             n_steps += 1
             rollout_buffer.add(self._last_obs, actions, rewards, policy_inputs)
             # At every step: a wrapper may play several monitored episodes as one
-            self._update_info_buffer(rollout_buffer.wanted_infos(infos), dones)
+            self._update_info_buffer(*rollout_buffer.selection.wanted_infos(infos, dones))
             if np.count_nonzero(dones):
                 env_indices = np.flatnonzero(dones)
                 self._episode_num += len(env_indices)
                 rollout_buffer.close_episodes(env_indices, self._terminal_values(infos, env_indices))
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3 annotates an array, dicts come as well
-            self._last_episode_starts = dones
+            self._last_episode_starts = dones if vector_env is None else vector_env.episode_starts(dones)
+            if vector_env is not None and len(vector_env.restarted):
+                # Their step did nothing but start an episode
+                rollout_buffer.drop_heads(self._last_episode_starts)
 
         if not continue_training:
             return False
@@ -469,19 +467,12 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         rollout_buffer.reset()
 
     def _terminal_values(self, infos: list[dict[str, Any]], env_indices: np.ndarray) -> np.ndarray:
-        """
-        What follows the last step of episodes that have just ended.
-
-        :param infos: The infos of all environments
-        :param env_indices: ``(n_finished,)`` environments whose episode ended
-        :return: ``(n_finished,)`` values in reward units: 0 if terminated, the critic's value after a time limit
-        """
+        """What follows episodes that have just ended, in reward units: 0, or after a time limit the critic's value."""
         terminal_values = np.zeros(len(env_indices))
         truncated = [index for index in env_indices.tolist() if is_truncated(infos[index])]
         if truncated and self.handle_timeout_termination:
-            observations = stack_observations(
-                [infos[index]["terminal_observation"] for index in truncated], self.observation_space
-            )
+            last = [infos[index]["terminal_observation"] for index in truncated]
+            observations = stack_observations(last, self.observation_space)
             values = self._predict_terminal_values(observations, np.array(truncated)).astype(np.float64)
             # tanh turns infinity into a finite number
             values[~has_finite_numbers(observations)] = np.nan
@@ -574,6 +565,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             # The budget ended before an episode did
             return
 
+        ent_coef = scheduled("ent_coef", self.ent_coef, self._current_progress_remaining, f"update {self._n_updates + 1}")
         # In evaluation mode, as they were sampled
         self.rollout_buffer.fix_advantages()
         if self._current_plain_mlp() is None:
@@ -587,7 +579,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
                 baseline = batch_values.detach() if self.detach_advantage else batch_values
                 losses = self._losses(samples.completed(baseline, log_prob), batch_values, log_prob, entropy)
                 # Gradients add up over the batches, as the loss is a sum
-                losses.total(self.vf_coef, self.ent_coef).backward()
+                losses.total(self.vf_coef, ent_coef).backward()
 
                 values[part], log_probs[part] = batch_values.numpy(force=True), log_prob.numpy(force=True)
                 for name, term in losses.terms().items():
@@ -604,6 +596,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             self.logger.record(f"train/{name}", summed / n_transitions)
         if self.n_value_epochs > 0:
             self.logger.record("train/value_loss_after_epochs", self._train_critic() / n_transitions)
+        if callable(self.ent_coef):
+            self.logger.record("train/ent_coef", ent_coef)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", float(np.exp(self.policy.log_std.numpy(force=True)).mean()))
 
@@ -640,17 +634,19 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
                 if not loss.requires_grad:
                     # The critic is frozen
                     break
-                self._take(transaction, f"value epoch {epoch + 1} of update {self._n_updates}")
+                self._take(transaction, f"value epoch {epoch + 1} of update {self._n_updates}", self.value_learning_rate)
         # What it does to batch norm is undone
         with Transaction() as transaction, th.no_grad():
             self._prepare_update(transaction)
             passes = self._passes(transaction)
             return sum(self._value_loss(samples, self._evaluate_values(samples)).item() for _, samples in passes)
 
-    def _take(self, step: OptimizerStep, name: str) -> None:
-        """Take a step with the current learning rate, unless it would spoil the parameters."""
-        check_learning_rate(self.lr_schedule, self._current_progress_remaining, name)
-        step.take(name, self.max_grad_norm, lambda: self._update_learning_rate(self.policy.optimizer))
+    def _take(self, step: OptimizerStep, name: str, own_rate: float | Schedule | None = None) -> None:
+        """Take a step with the current learning rate, or one of its own, unless it would spoil the parameters."""
+        argument, schedule = ("learning_rate", self.lr_schedule) if own_rate is None else ("value_learning_rate", own_rate)
+        rate = scheduled(argument, schedule, self._current_progress_remaining, name)
+        set_rate = self._update_learning_rate if own_rate is None else partial(update_learning_rate, learning_rate=rate)
+        step.take(name, self.max_grad_norm, lambda: set_rate(self.policy.optimizer))
 
     # ------------------------------------------------------------------ learning
 
@@ -683,23 +679,25 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        **unknown: NoReturn,
     ) -> SelfEpisodicA2C:
         """
         Return a trained model. If no episode ends within the budget, nothing is learned, and a warning says so.
 
-        :param total_timesteps: The number of env steps to train on. Training stops at the first step of the environments
-            that reaches it, so ``total_timesteps <= num_timesteps < total_timesteps + n_envs``; episodes that are complete
-            by then get their update, the others wait for the next call with ``reset_num_timesteps=False``
+        :param total_timesteps: The number of env steps to train on. Training stops at the first step that reaches it, so
+            ``total_timesteps <= num_timesteps < total_timesteps + n_envs``; complete episodes get an update, the others wait
+            for the next call with ``reset_num_timesteps=False``
         :param callback: callback(s) called at every step with state of the algorithm.
         :param log_interval: Number of updates between two logs; None: no logs
         :param tb_log_name: the name of the run for TensorBoard logging; None: the name of the class
         :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
         :param progress_bar: Display a progress bar using tqdm and rich.
         :return: the trained model
-        :raises RuntimeError: A worker process of a ``SubprocVecEnv`` died. Any other exception, Ctrl-C included, is passed
+        :raises RuntimeError: A worker process of the environments died. Any other exception, Ctrl-C included, is passed
             on; where an environment raised it, a note says which. The model is then as after its last update, and can be
             saved and used; the next call resets the environments
         """
+        check_unknown(unknown, type(self))
         n_finished = 0 if reset_num_timesteps else self._episode_num
         with guarded_training(self):
             tb_log_name = tb_log_name or self.__class__.__name__
@@ -713,6 +711,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_actor", "_plain_mlp", "_normalize_statistics", "_action_bounds"]
+
+    _wrap_env = staticmethod(wrap_env)
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         check_policy_name(policy_name, self.policy_aliases)

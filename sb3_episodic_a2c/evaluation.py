@@ -125,8 +125,8 @@ def evaluate_actions(
     if plain is None or samples.policy_inputs:
         values, log_prob, entropy = policy.evaluate_actions(samples.observations, samples.actions, **samples.policy_inputs)
         return values.flatten(), log_prob, entropy
-    assert isinstance(samples.observations, th.Tensor) and plain.critic is not None
-    observations = samples.observations.float().flatten(start_dim=1)
+    assert plain.critic is not None
+    observations = plain.numbers.tensor(samples.observations)
     values = _run(plain.critic, observations).flatten()
     output = _run(plain.actor, observations)
     if type(policy.action_dist) is CategoricalDistribution:
@@ -153,8 +153,8 @@ def evaluate_values(
     """
     if plain is None:
         return policy.predict_values(samples.observations).flatten()
-    assert isinstance(samples.observations, th.Tensor) and plain.critic is not None
-    return _run(plain.critic, samples.observations.float().flatten(start_dim=1)).flatten()
+    assert plain.critic is not None
+    return _run(plain.critic, plain.numbers.tensor(samples.observations)).flatten()
 
 
 def predict_values(policy: ActorCriticPolicy, observations: Array | dict[str, Array], plain: PlainMlp | None = None) -> Array:
@@ -166,14 +166,15 @@ def predict_values(policy: ActorCriticPolicy, observations: Array | dict[str, Ar
     :param plain: The layers of the policy, if it has a plain critic
     :return: ``(n,)`` values
     """
-    if plain is None or not isinstance(observations, np.ndarray):
+    if plain is None:
         with th.no_grad():
             return policy.predict_values(obs_as_tensor(observations, policy.device)).flatten().cpu().numpy()
     assert plain.critic is not None
     # Callers check for non-finite values
     with np.errstate(all="ignore"):
-        hidden = observations.reshape(len(observations), -1).astype(np.float32)
-        return run_layers(numpy_layers(plain.critic), hidden).reshape(-1)
+        # A copy, as an activation that comes first writes into it
+        numbers = plain.numbers.array(observations).copy()
+        return run_layers(numpy_layers(plain.critic), numbers).reshape(-1)
 
 
 def is_truncated(info: dict[str, Any]) -> bool:

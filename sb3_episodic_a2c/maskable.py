@@ -13,6 +13,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_episodic_a2c.episodic_a2c import EpisodicA2C
+from sb3_episodic_a2c.vector import NO_ENVS, GymnasiumVecEnv
 
 
 class MaskableEpisodicA2C(EpisodicA2C):
@@ -91,7 +92,10 @@ class MaskableEpisodicA2C(EpisodicA2C):
     def _policy_inputs(self, env: VecEnv) -> dict[str, np.ndarray]:
         if not self.use_masking:
             return {}
-        return {"action_masks": _stack_masks(env.env_method(EXPECTED_METHOD_NAME), self._n_choices)}
+        vector_env = env.unwrapped
+        # A state after the end of an episode may allow no action
+        ignored = vector_env.pending if isinstance(vector_env, GymnasiumVecEnv) else NO_ENVS
+        return {"action_masks": _stack_masks(env.env_method(EXPECTED_METHOD_NAME), self._n_choices, ignored)}
 
     def predict(
         self,
@@ -124,16 +128,21 @@ def _count_choices(action_space: spaces.Space) -> np.ndarray:
     return np.full(action_space.shape, 2)
 
 
-def _stack_masks(masks: Sequence[Any], n_choices: np.ndarray) -> np.ndarray:
+def _stack_masks(masks: Sequence[Any], n_choices: np.ndarray, ignored: np.ndarray = NO_ENVS) -> np.ndarray:
     """
     Stack the masks of all environments, and refuse those that do not fit the action space or allow no action.
 
     :param masks: What ``action_masks()`` of each environment returned
     :param n_choices: ``(n_dimensions,)`` actions to choose from in each dimension of the action space
+    :param ignored: Environments that will ignore their action: all are valid there
     :return: ``(n_envs, n_choices.sum())`` booleans
     :raises ValueError: It names the environment and the remedy
     """
     action_masks = np.empty((len(masks), int(n_choices.sum())), dtype=bool)
+    if isinstance(masks, np.ndarray) and masks.dtype == bool and masks.shape == action_masks.shape:
+        # Those of a vector environment, without a look at each
+        action_masks[:] = masks
+        masks = ()
     for env_index, mask in enumerate(masks):
         try:
             array = np.asarray(mask)
@@ -155,6 +164,7 @@ def _stack_masks(masks: Sequence[Any], n_choices: np.ndarray) -> np.ndarray:
                 "valid, or 1 and 0."
             )
         action_masks[env_index] = array.ravel()
+    action_masks[ignored] = True
     has_choice = np.logical_or.reduceat(action_masks, np.cumsum(n_choices) - n_choices, axis=1)
     if not has_choice.all():
         # All logits would be equal, and an invalid action would be sampled at random

@@ -7,7 +7,7 @@ training. It gives the layers, or the reason why not.
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -19,7 +19,7 @@ from stable_baselines3.common.distributions import (
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -89,12 +89,13 @@ class PlainMlp:
     The layers of a policy, as they were when :func:`inspect` looked at it.
 
     :param policy: The policy
-    :param actor: Linear layers and activations, from the flat observation to the output of ``action_net``
+    :param actor: Linear layers and activations, from the numbers of an observation to the output of ``action_net``
     :param critic: The same, to the output of ``value_net``; None where values and training are left to the policy's methods
     """
 
     def __init__(self, policy: ActorCriticPolicy, actor: list[Any], critic: list[Any] | None) -> None:
         self.policy = policy
+        self.numbers = Numbers(policy.observation_space)
         self.actor = actor
         self.critic = critic
         self._original = unwrapped(policy)
@@ -150,9 +151,9 @@ def inspect(policy: ActorCriticPolicy) -> PlainMlp | str:
             break
     else:
         return f"{type(policy).__name__} computes its distribution in a way of its own"
-    space = policy.observation_space
-    if not isinstance(space, (spaces.Box, spaces.MultiBinary)) or is_image_space(space):
-        return f"the observations are not flat numbers but {space}"
+    for space in _parts(policy.observation_space).values():
+        if isinstance(space, spaces.Box) and is_image_space(space):
+            return f"there are images among the observations, {space}"
     reason = _reason_against_modules(policy) or _reason_against_layers(policy, _actor_layers(policy))
     if reason is not None:
         return reason
@@ -162,8 +163,15 @@ def inspect(policy: ActorCriticPolicy) -> PlainMlp | str:
 def _reason_against_modules(policy: ActorCriticPolicy) -> str | None:
     """The reason against the modules around the layers of the actor."""
     extractor: Any = policy.pi_features_extractor
-    if type(extractor) is not FlattenExtractor:
-        return f"the features extractor is a {type(extractor).__name__}"
+    is_dict = isinstance(policy.observation_space, spaces.Dict)
+    extractor_class = type(extractor)
+    if extractor_class is not (CombinedExtractor if is_dict else FlattenExtractor):
+        return f"the features extractor is a {extractor_class.__name__}"
+    flattening = list(extractor.extractors.values()) if is_dict else [extractor.flatten]
+    if is_dict and list(extractor.extractors) != list(_parts(policy.observation_space)):
+        return "the features extractor has other keys than the observations"
+    if any(type(module) is not nn.Flatten for module in flattening):
+        return "the features extractor does more than flatten"
     if type(policy.mlp_extractor) not in (MlpExtractor, SharedMlpExtractor):
         return f"`mlp_extractor` is a {type(policy.mlp_extractor).__name__}"
     hidden = _hidden_layers(policy)
@@ -176,7 +184,7 @@ def _reason_against_modules(policy: ActorCriticPolicy) -> str | None:
         log_std = policy._parameters.get("log_std")
         if log_std is None or log_std.dtype != th.float32:
             return "`log_std` is not a float32 parameter"
-    for module in (policy, extractor, extractor.flatten, policy.mlp_extractor, hidden):
+    for module in (policy, extractor, *flattening, policy.mlp_extractor, hidden):
         if reason := reason_against_calls(module):
             return reason
     return None
@@ -223,7 +231,7 @@ def _has_plain_critic(policy: ActorCriticPolicy) -> bool:
     ):
         return False
     actor, critic = _actor_layers(policy), _critic_layers(policy)
-    containers = (policy.features_extractor, extractor, extractor.policy_net, extractor.value_net)
+    containers = (*policy.features_extractor.modules(), extractor, extractor.policy_net, extractor.value_net)
     return (
         _reason_against_layers(policy, critic) is None
         and reason_against_calls(extractor.value_net) is None
@@ -264,6 +272,87 @@ def _critic_layers(policy: ActorCriticPolicy) -> list[Any]:
 
 def _parameters(layer: Any) -> list[th.Tensor]:
     return [parameter for parameter in layer._parameters.values() if parameter is not None]
+
+
+# ---------------------------------------------------------------------- observations as numbers
+
+
+class Choices(NamedTuple):
+    """
+    A Discrete or MultiDiscrete space.
+
+    :param n_choices: ``(k,)`` number of values of each choice
+    :param starts: ``(k,)`` where the numbers of each choice start among those of all
+    """
+
+    n_choices: Array
+    starts: Array
+
+
+class Numbers:
+    """
+    Turns observations into the numbers that the first layer is given, as SB3's preprocessing and its extractors do: flat,
+    choices one-hot, the parts of a dict one after the other.
+
+    :param space: The observation space, without images
+    """
+
+    def __init__(self, space: spaces.Space) -> None:
+        self._choices = {key: _choices(part) for key, part in _parts(space).items()}
+
+    def array(self, observations: Array | dict[str, Array]) -> Array:
+        """
+        :param observations: ``(n, *obs_shape)``, or a dict of such arrays
+        :return: ``(n, n_in)`` float32, which may be a view
+        :raises ValueError: A choice is none that the space has
+        """
+        if isinstance(observations, dict):
+            parts = [_array(observations[key], choices) for key, choices in self._choices.items()]
+            return np.concatenate(parts, axis=1)
+        return _array(observations, self._choices[""])
+
+    def tensor(self, observations: th.Tensor | dict[str, th.Tensor]) -> th.Tensor:
+        """
+        :param observations: ``(n, *obs_shape)``, or a dict of such tensors
+        :return: ``(n, n_in)`` float32
+        """
+        if isinstance(observations, dict):
+            return th.cat([_tensor(observations[key], choices) for key, choices in self._choices.items()], dim=1)
+        return _tensor(observations, self._choices[""])
+
+
+def _parts(space: spaces.Space) -> dict[str, spaces.Space]:
+    return dict(space.spaces) if isinstance(space, spaces.Dict) else {"": space}
+
+
+def _choices(space: spaces.Space) -> Choices | None:
+    """What the space chooses from; None for one of numbers."""
+    if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+        return None
+    n_choices = np.atleast_1d(space.n if isinstance(space, spaces.Discrete) else space.nvec).astype(np.int64)
+    return Choices(n_choices, np.cumsum(n_choices) - n_choices)
+
+
+def _array(observations: Array, choices: Choices | None) -> Array:
+    flat = observations.reshape(len(observations), -1)
+    if choices is None:
+        return flat if flat.dtype == np.float32 else flat.astype(np.float32)
+    n_choices, starts = choices
+    chosen = flat.astype(np.int64)
+    # As an unsigned number, what is negative is too large
+    if (chosen.view(np.uint64) >= n_choices).any():
+        raise ValueError(f"An observation is {chosen.tolist()}, but its choices must lie in [0, {n_choices.tolist()}).")
+    one_hot = np.zeros((len(chosen), n_choices.sum()), dtype=np.float32)
+    one_hot[np.arange(len(chosen))[:, None], chosen + starts] = 1
+    return one_hot
+
+
+def _tensor(observations: th.Tensor, choices: Choices | None) -> th.Tensor:
+    flat = observations.flatten(start_dim=1) if observations.dim() > 1 else observations[:, None]
+    if choices is None:
+        return flat.float()
+    one_hot = flat.new_zeros((len(flat), int(choices.n_choices.sum())), dtype=th.float32)
+    return one_hot.scatter_(1, flat.long() + th.as_tensor(choices.starts, device=flat.device), 1.0)
 
 
 # ---------------------------------------------------------------------- layers in NumPy

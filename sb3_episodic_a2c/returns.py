@@ -1,6 +1,6 @@
 """Monte Carlo returns and their standardisation. Pure functions on NumPy arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -51,6 +51,33 @@ def discounted_returns(rewards: np.ndarray, gamma: float, terminal_value: float 
     backward = accumulate(rewards[::-1].tolist(), lambda future, reward: reward + gamma * future, initial=terminal_value)
     returns = np.fromiter(backward, dtype=np.float64, count=len(rewards) + 1)
     return returns[:0:-1]
+
+
+def discounted_returns_of_columns(
+    rewards: np.ndarray, gamma: float, ends: Mapping[int, tuple[Sequence[int], Sequence[float]]]
+) -> np.ndarray:
+    """
+    :func:`discounted_returns` of many episodes at once, to the last bit: one pass over the steps, backward.
+
+    :param rewards: ``(T, n_envs)`` rewards; a column may hold several episodes, one after the other
+    :param gamma: Discount factor
+    :param ends: By the last row of an episode: the columns in which one ends there, and their terminal values
+    :return: ``(T, n_envs)`` float64 returns. Those of steps that belong to no episode mean nothing
+    """
+    returns = np.empty(rewards.shape)
+    future = np.zeros(rewards.shape[1])
+    # Steps that belong to no episode may overflow
+    with np.errstate(all="ignore"):
+        for row in range(len(rewards) - 1, -1, -1):
+            if row in ends:
+                columns, terminal_values = ends[row]
+                # A copy: it is a row of the result
+                future = future.copy()
+                future[columns] = terminal_values
+            np.multiply(future, gamma, out=returns[row])
+            returns[row] += rewards[row]
+            future = returns[row]
+    return returns
 
 
 def generalized_advantages(

@@ -1,7 +1,7 @@
 """Records of episodes and their transitions, and how transitions are cut into batches."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -65,6 +65,77 @@ class EpisodicRolloutBufferSamples(NamedTuple):
         )
 
 
+MANY_ENVS = 16
+"""From here on, episodes are worked on row by row, all environments at once. With fewer, one by one is faster."""
+
+
+def rows_if_dense(episodes: Sequence[EpisodeSegment], n_envs: int) -> tuple[int, int]:
+    """
+    :param episodes: Complete episodes
+    :param n_envs: Number of environments
+    :return: Their rows, if many environments filled at least half of them with these episodes; otherwise (0, 0)
+    """
+    if n_envs < MANY_ENVS or not episodes:
+        return 0, 0
+    first_row = min(episode.first_row for episode in episodes)
+    end_row = max(episode.end_row for episode in episodes)
+    n_transitions = sum(episode.end_row - episode.first_row for episode in episodes)
+    return (first_row, end_row) if 2 * n_transitions >= (end_row - first_row) * n_envs else (0, 0)
+
+
+def episode_ends(episodes: Sequence[EpisodeSegment], first_row: int = 0) -> dict[int, tuple[list[int], list[float]]]:
+    """
+    :param episodes: Complete episodes
+    :param first_row: The row that counts as row 0
+    :return: By the last row of an episode: the environments whose episode ends there, and the values of what follows
+    """
+    ends: dict[int, tuple[list[int], list[float]]] = {}
+    for episode in episodes:
+        env_indices, values = ends.setdefault(episode.end_row - 1 - first_row, ([], []))
+        env_indices.append(episode.env_index)
+        values.append(episode.terminal_value)
+    return ends
+
+
+def flat_indices(segments: Sequence[tuple[Any, ...]], n_envs: int) -> np.ndarray:
+    """
+    Where transitions lie in arrays flattened over (row, environment).
+
+    :param segments: Environment, first row (included) and end row (excluded) of each episode; what follows is ignored
+    :param n_envs: Number of environments
+    :return: ``(n_transitions,)``, the segments concatenated
+    """
+    env_indices, first_rows, end_rows = np.array([segment[:3] for segment in segments], dtype=np.int64).reshape(-1, 3).T
+    lengths = end_rows - first_rows
+    # Where a segment would have started, had the first one gone on to it
+    starts = first_rows * n_envs + env_indices - (np.cumsum(lengths) - lengths) * n_envs
+    return np.arange(lengths.sum()) * n_envs + np.repeat(starts, lengths)
+
+
+def refuse_returns(episodes: Sequence[EpisodeSegment], returns: np.ndarray, rewards: np.ndarray) -> None:
+    """
+    Name the first episode with a return that is not finite, and the step that it comes from.
+
+    :param episodes: Complete episodes
+    :param returns: ``(n_transitions,)`` their returns, concatenated
+    :param rewards: ``(n_rows, n_envs)`` the rewards of all rows
+    :raises ValueError: There is one
+    """
+    lengths = [episode.end_row - episode.first_row for episode in episodes]
+    for episode, episode_returns in zip(episodes, np.split(returns, np.cumsum(lengths)[:-1]), strict=True):
+        is_finite = np.isfinite(episode_returns)
+        if not is_finite.all():
+            # The returns of all earlier steps inherit what is wrong
+            step = int(np.flatnonzero(~is_finite)[-1])
+            reward = rewards[episode.first_row + step, episode.env_index]
+            raise ValueError(
+                f"The return of environment {episode.env_index} is {episode_returns[step]} at step {step} of "
+                f"its {len(episode_returns)}: the reward there was {reward}, the value after the last step "
+                f"{episode.terminal_value}. Rewards and observations must be finite: wrap the environment in "
+                "stable_baselines3.common.vec_env.VecCheckNan to find the cause."
+            )
+
+
 def cut_episodes(
     episode_lengths: np.ndarray, batch_size: int | None, whole_episodes: bool
 ) -> Iterator[tuple[slice, np.ndarray]]:
@@ -73,7 +144,8 @@ def cut_episodes(
 
     :param episode_lengths: ``(n_episodes,)`` lengths >= 1
     :param batch_size: The most transitions in a batch; None for all of them
-    :param whole_episodes: Whether to cut between episodes only. One longer than ``batch_size`` is then a batch of its own
+    :param whole_episodes: Whether to cut between episodes only. One longer than ``batch_size`` is then a batch of its own.
+        A single transition is none, but goes with its neighbours, as batch norm can make nothing of it
     :return: The transitions of each batch, and the lengths of the episodes, or pieces of them, that it consists of
     """
     episode_ends = episode_lengths.cumsum()
@@ -87,7 +159,9 @@ def cut_episodes(
         if whole_episodes:
             # The last episode that fits, or the first one if none does
             n_fitting = np.searchsorted(episode_ends, end, side="right")
-            end = int(episode_ends[max(n_fitting - 1, np.searchsorted(episode_ends, start, side="right"))])
+            end = int(episode_ends[max(n_fitting - 1, np.searchsorted(episode_ends, start + 1, side="right"))])
+            if end == n_transitions - 1:
+                end = n_transitions
         cuts = episode_ends[(episode_ends > start) & (episode_ends < end)]
         yield slice(start, end), np.diff([start, *cuts, end])
         start = end

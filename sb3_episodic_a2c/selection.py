@@ -7,7 +7,7 @@ of 10 and 200 steps, the mean length trained on would be about 50 instead of 105
 chooses by the start of an episode.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,24 @@ class TakeFinished:
 
         :param env_indices: ``(n_started,)`` environments in which one starts
         """
+
+    def wanted_infos(self, infos: list[dict[str, Any]], dones: np.ndarray) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """
+        The infos that may report an episode, and their dones. Those whose running episode will be discarded are left out or
+        empty: counting these would favour short ones.
+
+        :param infos: The infos of all environments
+        :param dones: ``(n_envs,)`` whether their episodes ended
+        """
+        reporting: np.ndarray | None = getattr(infos, "reporting", None)
+        if reporting is not None:
+            # A vector environment knows them; the others must not cost anything
+            if len(reporting):
+                reporting = reporting[self.is_wanted[reporting]]
+            return [infos[index] for index in reporting.tolist()], dones[reporting]
+        if self.all_wanted:
+            return infos, dones
+        return [info if wanted else {} for info, wanted in zip(infos, self.is_wanted.tolist(), strict=True)], dones
 
     def is_complete(self, n_complete: int) -> bool:
         """

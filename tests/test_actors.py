@@ -13,14 +13,16 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from scipy import stats
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 from torch.nn.utils import prune
 
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, SharedMlpPolicy, actors, plain_mlp
 from sb3_episodic_a2c.actors import NumpyActor, TorchActor, make_actor, reason_against_numpy
-from sb3_episodic_a2c.plain_mlp import NUMPY_ACTIVATIONS, TORCH_ACTIVATIONS, inspect
+from sb3_episodic_a2c.evaluation import predict_values, stack_observations
+from sb3_episodic_a2c.plain_mlp import NUMPY_ACTIVATIONS, TORCH_ACTIVATIONS, PlainMlp, inspect
 from tests.envs import ACTION_SPACES, OBSERVATION_SPACES, TargetEnv, vectorized
 
 ACTIVATIONS = [*NUMPY_ACTIVATIONS, *TORCH_ACTIVATIONS]
@@ -90,6 +92,73 @@ def test_numpy_outputs_are_torchs(
     assert output.dtype == np.float32
     np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5 * scale)
     np.testing.assert_array_equal(observations, before)
+
+
+CHOICES = {
+    "discrete": spaces.Discrete(7),
+    "one": spaces.Discrete(1),
+    "multi_discrete": spaces.MultiDiscrete([3, 1, 4]),
+    "multi_binary": spaces.MultiBinary(4),
+    "multi_binary_2d": spaces.MultiBinary([2, 3]),
+    "dict": spaces.Dict(
+        {
+            "z": spaces.Discrete(3),
+            "a": spaces.Box(-5, 5, (2, 2)),
+            "m": spaces.MultiDiscrete([2, 3]),
+            "b": spaces.MultiBinary(2),
+            "wide": spaces.Box(-5, 5, (3,), np.float64),
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("n_envs", [1, 6])
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_and_dicts_are_the_numbers_that_sb3_makes(name: str, n_envs: int) -> None:
+    space = CHOICES[name]
+    space.seed(1)
+    policy_class = MultiInputActorCriticPolicy if name == "dict" else ActorCriticPolicy
+    policy = make_policy(spaces.Discrete(3), space, policy_class)
+    plain = inspect(policy)
+    assert isinstance(plain, PlainMlp) and plain.critic is not None
+    samples_ = [space.sample() for _ in range(n_envs)]
+    stacked = stack_observations(samples_, space)
+    tensors = obs_as_tensor(stacked, th.device("cpu"))
+    with th.no_grad():
+        expected = policy.extract_features(tensors, policy.pi_features_extractor)
+        latent = policy.mlp_extractor.forward_actor(expected)
+        th.testing.assert_close(plain.numbers.tensor(tensors), expected, rtol=0, atol=0)
+        np.testing.assert_array_equal(plain.numbers.array(stacked), expected.numpy())
+        _, output = make_actor(policy, "numpy", np.random.default_rng(0)).latent_and_output(stacked)
+        np.testing.assert_allclose(output, policy.action_net(latent).numpy(), rtol=1e-5, atol=1e-5)
+        values = predict_values(policy, stacked, plain)
+        np.testing.assert_allclose(values, policy.predict_values(tensors).numpy()[:, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_trained_on_choices_and_dicts_as_by_the_policys_own_methods(name: str, batch_size: int | None) -> None:
+    space = CHOICES[name]
+    parameters = []
+    for is_plain in (True, False):
+        venv = vectorized(lambda _: TargetEnv(space, spaces.Discrete(3), truncates=True), 2)
+        policy: Any = MultiInputActorCriticPolicy if name == "dict" else ActorCriticPolicy
+        model = EpisodicA2C(policy, venv, batch_size=batch_size, n_value_epochs=1, seed=0, device="cpu")
+        assert isinstance(model._actor, NumpyActor)
+        if not is_plain:
+            # Its methods are called for it, but not by the actor
+            model._current_plain_mlp = lambda: None  # type: ignore[method-assign]
+        model.learn(60)
+        assert model._n_updates > 3
+        parameters.append(th.nn.utils.parameters_to_vector(model.policy.parameters()).detach())
+    th.testing.assert_close(*parameters, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("choice", [-1, 7])
+def test_an_observation_that_is_no_choice_is_refused(choice: int) -> None:
+    actor = make_actor(make_policy(spaces.Discrete(3), CHOICES["discrete"]), "numpy", np.random.default_rng(0))
+    with pytest.raises(ValueError, match=rf"observation is \[\[{choice}\]\].*must lie in \[0, \[7\]\)"):
+        actor.sample(np.array([choice]), {})
 
 
 def test_layers_without_bias_and_parametrised_activations() -> None:
@@ -577,10 +646,9 @@ class OwnExtractor(FlattenExtractor):
 @pytest.mark.parametrize(
     "policy, observation, policy_kwargs, reason",
     [
-        ("CnnPolicy", "image", {}, "not flat numbers"),
-        ("MlpPolicy", "image", {}, "not flat numbers"),
-        ("MultiInputPolicy", "dict", {}, "not flat numbers"),
-        ("MlpPolicy", "discrete", {}, "not flat numbers"),
+        ("CnnPolicy", "image", {}, "images among the observations"),
+        ("MlpPolicy", "image", {}, "images among the observations"),
+        ("MultiInputPolicy", "dict", {}, "images among the observations"),
         (OwnDistribution, "box", {}, "OwnDistribution computes its distribution in a way of its own"),
         ("MlpPolicy", "box", {"features_extractor_class": OwnExtractor}, "features extractor is a OwnExtractor"),
         ("MlpPolicy", "box", {"activation_fn": nn.Hardsigmoid}, "a layer Hardsigmoid"),

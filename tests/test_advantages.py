@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C, load_checkpoint, save_checkpoint
 from sb3_episodic_a2c.returns import EPSILON, discounted_returns, generalized_advantages, unstandardize
 from tests.envs import OBSERVATION_SPACES, TargetEnv, vectorized
+from tests.test_seams import parameters_of
 
 numbers = st.floats(-100, 100, width=32)
 
@@ -79,10 +80,6 @@ class Watch(BaseCallback):
             np.testing.assert_allclose(buffer.advantages[part, 0], expected / scale, rtol=1e-3, atol=1e-4)
             start += length
         self.n_checked += 1
-
-
-def parameters_of(model: EpisodicA2C) -> th.Tensor:
-    return th.nn.utils.parameters_to_vector(model.policy.parameters()).detach().clone()
 
 
 SETTINGS: dict[str, Any] = {

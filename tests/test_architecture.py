@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "sb3_episodic_a2c"
 
 LAYERS = [
     {"returns", "losses", "samples", "selection", "presets"},
-    {"policies", "buffers"},
+    {"policies", "buffers", "vector"},
     {"plain_mlp", "callbacks"},
     {"actors", "evaluation"},
     {"guards"},

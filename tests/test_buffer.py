@@ -137,9 +137,9 @@ def test_buffer_equals_a_brute_force_reference(
         positions = [head.observations["position"] if is_dict else head.observations for head in heads]
         assert [tuple(p) for p in th.cat([*positions, th.zeros(0, 2)]).tolist()] == [p for h in expected_heads for p in h]
         assert [length for head in heads for length in head.episode_lengths] == [len(head) for head in expected_heads]
-        assert batch_size is None or all(
-            head.episode_lengths.sum() <= batch_size or len(head.episode_lengths) == 1 for head in heads
-        )
+        for size, longest in ((int(head.episode_lengths.sum()), int(head.episode_lengths.max())) for head in heads):
+            # More only for one that is longer, and for single steps, which go with their neighbours
+            assert batch_size is None or size <= batch_size + 1 or size <= longest + 2
         if not transitions:
             assert samples == []
             continue

@@ -143,5 +143,6 @@ def test_progress_bar_shows_the_last_and_the_running_reward() -> None:
     assert "20/20" in last
     assert "episode_reward=20.0" in last
     assert "running_reward=18.5" in last
-    assert "steps=40" in last
+    # All of the 40 that were asked for
+    assert "steps=40" in last and "left=00:00" in last
     assert callback.n_episodes_seen == 20

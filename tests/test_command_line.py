@@ -1,14 +1,15 @@
 """The commands, as a user types them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.envs.classic_control import CartPoleEnv
+from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from PIL import Image
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
@@ -17,12 +18,11 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_episodic_a2c import EpisodicA2C
 from sb3_episodic_a2c.__main__ import main
 from sb3_episodic_a2c.tools import benchmark
+from sb3_episodic_a2c.tools.plain_a2c import PlainA2C
 from sb3_episodic_a2c.tools.record import play_episodes, record_gif, write_gif
 from sb3_episodic_a2c.tools.solve import solve
-
-
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "sb3_episodic_a2c", *arguments], cwd=cwd, capture_output=True, text=True)
+from sb3_episodic_a2c.vector import GymnasiumVecEnv
+from tests.processes import run
 
 
 def gif_frames(path: Path) -> tuple[int, float]:
@@ -39,15 +39,16 @@ def gif_frames(path: Path) -> tuple[int, float]:
 def test_solve_writes_everything(tmp_path: Path) -> None:
     process = run("solve", "--env", "CartPole-v1", "--total-timesteps", "1500", "--seed", "3", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    folder = tmp_path / "runs" / "CartPole-v1-default-seed3"
+    folder = tmp_path / "runs" / "CartPole-v1-tuned-seed3"
     assert {path.name for path in folder.iterdir()} == {
         "0.monitor.csv",
         "agent.gif",
+        "config.yml",
         "learning_curve.png",
         "model.zip",
         "result.json",
     }
-    assert "Not solved within 1,500 env steps" in process.stdout
+    assert "Not solved in training within 1,500 env steps" in process.stdout
     assert "running_reward=" in process.stderr
     result = json.loads((folder / "result.json").read_text())
     assert (result["num_timesteps"], result["solved_at"], result["reward_threshold"]) == (1_500, None, 475.0)
@@ -70,7 +71,7 @@ def test_solve_stops_when_solved(tmp_path: Path, capsys: pytest.CaptureFixture) 
         str(tmp_path / "out"),
         "--no-progress",
     ]
-    assert main([*arguments, "--n-envs", "2"]) == 0
+    assert main([*arguments, "--n-envs", "2", "--eval-episodes", "5"]) == 0
     output = capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["solved_at"]["n_episodes"] >= 100
@@ -85,22 +86,23 @@ def test_solve_stops_when_solved(tmp_path: Path, capsys: pytest.CaptureFixture) 
 
 
 def test_solve_with_the_notebooks_preset(tmp_path: Path) -> None:
-    result = solve("CartPole-v1", preset="notebook", seed=1, total_timesteps=2_000, output=tmp_path, progress_bar=False)
+    few: dict[str, Any] = {"progress_bar": False, "n_eval_episodes": 3, "gif": False}
+    result = solve("CartPole-v1", preset="notebook", seed=1, total_timesteps=2_000, output=tmp_path, **few)
     model = EpisodicA2C.load(tmp_path / "model")
-    assert (model.standardize_returns, model.detach_advantage, model.learning_rate) == ("episode", False, 0.01)
+    assert (model.standardize_returns, model.detach_advantage, model.lr_schedule(0.5)) == ("episode", False, 0.01)
     assert result.num_timesteps == 2_000
 
 
 def test_default_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folders = [solve("CartPole-v1", total_timesteps=300, progress_bar=False).output for _ in range(3)]
-    assert [folder.name for folder in folders] == [f"CartPole-v1-default-seed0{suffix}" for suffix in ("", "-2", "-3")]
+    few: dict[str, Any] = {"progress_bar": False, "n_eval_episodes": 3, "gif": False}
+    folders = [solve("CartPole-v1", total_timesteps=300, **few).output for _ in range(3)]
+    assert [folder.name for folder in folders] == [f"CartPole-v1-tuned-seed0{suffix}" for suffix in ("", "-2", "-3")]
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--env", "Pendulum-v1"], "Pendulum-v1 has no reward threshold of its own"),
         (["--env", "CartPole-v1", "--n-envs", "0"], "`n_envs` is 0"),
         (["--env", "CartPole-v1", "--total-timesteps", "-5"], "`total_timesteps` is -5"),
         (["--env", "CartPole-v1", "--n-envs", "2", "--preset", "notebook"], "the notebook has one environment"),
@@ -189,7 +191,10 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture) -> None:
     assert "gif" in output
 
 
-def test_bench_measures_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_bench_measures_and_writes_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "MIN_WARM_UP", 100)
     arguments = ["--env", "CartPole-v1", "--n-envs", "2", "--repeats", "2", "--seconds", "0.05", "--no-extra", "--no-memory"]
     assert main(["bench", *arguments, "-o", str(tmp_path / "out" / "bench.json")]) == 0
     output = capsys.readouterr().out
@@ -202,9 +207,42 @@ def test_bench_measures_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(case["train_fraction"]["EpisodicA2C"]) == 2
     assert set(case["env_fraction"]) == {"EpisodicA2C", "A2C", "PPO"}
     assert all(0 < fraction < 1 for fraction in case["env_fraction"].values())
-    assert len([line for line in output.splitlines() if line.startswith("| CartPole-v1 | 2 |")]) == 4
+    assert len([line for line in output.splitlines() if line.startswith("| CartPole-v1 | dummy | 2 |")]) == 4
     assert main(["bench", "--repeats", "0"]) == 1
     assert "`--repeats` is 0" in capsys.readouterr().err
+
+
+def test_bench_of_vector_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside A2C in plain PyTorch, where it can learn."""
+    monkeypatch.setattr(benchmark, "MIN_WARM_UP", 100)
+    (case,) = benchmark.benchmark(
+        ("CartPole-v1",), (2,), repeats=1, seconds=0.05, with_memory=False, vectorizations=("gymnasium",)
+    )
+    assert isinstance(benchmark.make_env("CartPole-v1", 2, "gymnasium").env, CartPoleVectorEnv)
+    assert set(case.steps_per_second) == {"EpisodicA2C", "A2C", "PPO", "VecEnv", "PyTorch A2C"}
+    assert all(speeds[0] > 0 for speeds in case.steps_per_second.values())
+    for env_id in ("Pendulum-v1", benchmark.IMAGE_ENV):
+        assert not benchmark.has_plain_peer(env_id, "gymnasium")
+        with pytest.raises(ValueError, match="leave it out"):
+            benchmark.make_player(benchmark.PLAIN, env_id, 2, "gymnasium")
+
+
+@pytest.mark.parametrize("mode", [gym.vector.AutoresetMode.NEXT_STEP, gym.vector.AutoresetMode.SAME_STEP])
+def test_the_peer_in_plain_pytorch_learns(mode: gym.vector.AutoresetMode) -> None:
+    """Action 1 is the best. It is no peer if it does not find out."""
+    torch.manual_seed(0)
+    env = gym.vector.SyncVectorEnv([lambda: benchmark.LengthEnv(7)] * 8, autoreset_mode=mode)
+    peer = PlainA2C(GymnasiumVecEnv(env))
+    before = peer.actor(peer.obs).softmax(1)[:, 1].mean()
+    assert peer.run(20 * 8 * 128) == 20 * 8 * 128
+    assert peer.actor(peer.obs).softmax(1)[:, 1].mean() > before + 0.1
+
+
+def test_bench_on_envpool() -> None:
+    pytest.importorskip("envpool")
+    assert benchmark.make_env("CartPole-v1", 3, "envpool").num_envs == 3
+    with pytest.raises(ValueError, match="not in EnvPool"):
+        benchmark.make_env(benchmark.IMAGE_ENV, 3, "envpool")
 
 
 class NeverRendered(CartPoleEnv):
@@ -222,6 +260,7 @@ def test_bench_asks_for_no_images(monkeypatch: pytest.MonkeyPatch) -> None:
     assert benchmark.make_env("NeverRendered-v0", 2).num_envs == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:No episode ended")
 def test_what_else_bench_measures() -> None:
     """On short runs: it runs, and gives no negative figures."""
@@ -233,6 +272,7 @@ def test_what_else_bench_measures() -> None:
     # The batch bounds it, not the episode
     small_batches = benchmark.in_fresh_process(benchmark.image_update_memory, 280, 8)
     assert 0 < small_batches < benchmark.in_fresh_process(benchmark.image_update_memory, 140, None) / 2
+    assert benchmark.in_fresh_process(benchmark.peak_memory, benchmark.PLAIN, "CartPole-v1", 2, 1_000, "gymnasium") > 0
     # Memory of this process does not count
     hoard = np.ones(2**27, dtype=np.uint8)
     assert benchmark.in_fresh_process(benchmark.peak_memory, "EpisodicA2C", benchmark.IMAGE_ENV, 1, 20) > 1

@@ -852,6 +852,7 @@ def test_no_episode_in_flight_is_saved(algorithm, tmp_path):
     assert our_names - a2c_names - {"use_masking", "_n_choices"} == {
         *("n_episodes", "standardize_returns", "handle_timeout_termination", "partial_episodes"),
         *("huber_delta", "detach_advantage", "batch_size", "actor", "return_statistics", "n_value_epochs"),
+        *("value_learning_rate", "noise_resample_prob"),
     }
     assert a2c_names - our_names == {"normalize_advantage"}
     # An LSTM has many parameters

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -29,11 +30,14 @@ from sb3_episodic_a2c import (
     MaskableEpisodicA2C,
     RecurrentEpisodicA2C,
     ResumableCheckpointCallback,
+    as_vec_env,
     load_checkpoint,
     resume,
     save_checkpoint,
 )
+from sb3_episodic_a2c.guards.workers import base_env
 from tests.envs import ACTION_SPACES, OBSERVATION_SPACES, TargetEnv, arguments_of
+from tests.processes import PATIENCE
 from tests.test_checkpoints import DAMAGES, assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:No episode ended")
@@ -50,7 +54,7 @@ def no_hang() -> Iterator[None]:
         raise TimeoutError("hangs")
 
     before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(60)
+    signal.alarm(PATIENCE)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
@@ -155,10 +159,19 @@ def fragile_model(
 # ---------------------------------------------------------------------- environments that raise
 
 
+def in_turn(env_fns: Any) -> Any:
+    return as_vec_env(SyncVectorEnv(env_fns))
+
+
+def in_processes(env_fns: Any) -> Any:
+    return as_vec_env(AsyncVectorEnv(env_fns))
+
+
 @for_all
 @pytest.mark.parametrize("place", ["step", "reset"])
-def test_environment_raises(algorithm: type[EpisodicA2C], place: str, tmp_path: Path) -> None:
-    model = fragile_model(algorithm, **{place: 40 if place == "step" else 6})
+@pytest.mark.parametrize("vec_env", [DummyVecEnv, in_turn])
+def test_environment_raises(algorithm: type[EpisodicA2C], place: str, vec_env: Any, tmp_path: Path) -> None:
+    model = fragile_model(algorithm, vec_env=vec_env, **{place: 40 if place == "step" else 6})
     last_update = LastUpdate()
     with pytest.raises(BrokenEnvironment, match=f"broke in {place}") as raised:
         model.learn(1_000, callback=last_update)
@@ -212,13 +225,20 @@ forked = partial(SubprocVecEnv, start_method="fork")
 
 
 @pytest.mark.parametrize(
-    "algorithm, start_method",
-    [(EpisodicA2C, "forkserver"), (EpisodicA2C, "fork"), (MaskableEpisodicA2C, "fork"), (RecurrentEpisodicA2C, "fork")],
+    "algorithm, vec_env",
+    [
+        (EpisodicA2C, partial(SubprocVecEnv, start_method="forkserver")),
+        (EpisodicA2C, forked),
+        (MaskableEpisodicA2C, forked),
+        (RecurrentEpisodicA2C, forked),
+        (EpisodicA2C, in_processes),
+    ],
 )
-def test_a_worker_is_killed(algorithm: type[EpisodicA2C], start_method: str, tmp_path: Path) -> None:
-    model = fragile_model(algorithm, vec_env=partial(SubprocVecEnv, start_method=start_method), n_envs=2)
+def test_a_worker_is_killed(algorithm: type[EpisodicA2C], vec_env: Any, tmp_path: Path) -> None:
+    model = fragile_model(algorithm, vec_env=vec_env, n_envs=2)
     env: Any = model.env
-    processes = env.unwrapped.processes
+    workers: Any = base_env(env)
+    processes = workers.processes
     # With fork, worker 0 holds the other end of the pipe of worker 1 as well
     last_update = LastUpdate(30, lambda: os.kill(processes[1].pid, signal.SIGKILL))
     with pytest.raises(RuntimeError, match=r"process of environment 1 was killed by SIGKILL, at step \[.*set_env"):
@@ -238,6 +258,20 @@ def test_an_environment_raises_in_a_worker(algorithm: type[EpisodicA2C], place: 
     last_update = LastUpdate()
     with pytest.raises(RuntimeError, match=r"process of environment 2 ended with exit code 1 .*printed above"):
         model.learn(1_000, callback=last_update)
+    assert_usable(model, last_update, tmp_path, VecNormalize(VecMonitor(DummyVecEnv([FragileEnv] * 3))))
+
+
+@pytest.mark.parametrize("place", ["step", "reset"])
+@pytest.mark.filterwarnings("ignore:.*ERROR:")
+def test_an_environment_raises_in_a_worker_of_gymnasium(place: str, tmp_path: Path) -> None:
+    model = fragile_model(vec_env=in_processes, **{place: 40 if place == "step" else 6})
+    last_update = LastUpdate()
+    with pytest.raises(BrokenEnvironment, match=f"broke in {place}") as raised:
+        model.learn(1_000, callback=last_update)
+    (note,) = raised.value.__notes__
+    assert "Raised by environment 1 at step" in note and "`model.set_env(env)`" in note
+    with pytest.raises(RuntimeError, match=r"cannot be reset.*`model\.set_env\(env\)`"):
+        model.learn(100, reset_num_timesteps=False)
     assert_usable(model, last_update, tmp_path, VecNormalize(VecMonitor(DummyVecEnv([FragileEnv] * 3))))
 
 
@@ -698,7 +732,7 @@ def test_a_learning_rate_that_is_not_finite(algorithm: type[EpisodicA2C], number
     last_update = LastUpdate()
     model.lr_schedule = lambda progress_remaining: number if model._n_updates == 3 else 1e-3 * progress_remaining
     with pytest.raises(
-        ValueError, match=rf"learning rate of update 4 is {number}, so.*returned {number} at progress_remaining=0\.\d"
+        ValueError, match=rf"`learning_rate` of update 4 is {number}, so.*returned {number} at progress_remaining=0\.\d"
     ):
         model.learn(1_000, callback=last_update)
     model.lr_schedule = lambda _: 1e-3

@@ -69,7 +69,7 @@ class DictEnv(BrightSideEnv):
         return {"image": image, "is_swapped": is_swapped}
 
 
-@pytest.mark.parametrize("policy", ["MlpPolicy", "SharedMlpPolicy"])
+@pytest.mark.parametrize("policy", ["MlpPolicy", pytest.param("SharedMlpPolicy", marks=pytest.mark.slow)])
 def test_continuous_actions(policy: str) -> None:
     model = EpisodicA2C(policy, make_vec_env(TargetEnv, n_envs=4, seed=0), n_episodes=2, gamma=0.0, seed=0, device="cpu")
     model.learn(20_000)
@@ -78,6 +78,7 @@ def test_continuous_actions(policy: str) -> None:
     assert mean_reward > 2.97
 
 
+@pytest.mark.slow
 def test_continuous_actions_with_gsde() -> None:
     model = EpisodicA2C(
         "MlpPolicy",
@@ -101,6 +102,7 @@ def test_images() -> None:
     assert mean_reward > 4.9
 
 
+@pytest.mark.slow
 def test_dict_observations() -> None:
     model = EpisodicA2C(
         "MultiInputPolicy", make_vec_env(DictEnv, n_envs=4, seed=0), n_episodes=2, learning_rate=1e-3, seed=0, device="cpu"

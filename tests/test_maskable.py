@@ -81,14 +81,15 @@ def test_a_shifted_mask_would_be_seen():
 
 @pytest.mark.parametrize("is_dict", [False, True])
 @pytest.mark.parametrize("space", MASKED_SPACES)
-def test_no_invalid_action_in_100_000_steps(space, is_dict):
+def test_no_invalid_action_in_many_steps(space, is_dict):
     env = make_random_envs(ACTION_SPACES[space], n_envs=100, is_dict=is_dict)
-    model = MaskableEpisodicA2C("MultiInputPolicy" if is_dict else "MlpPolicy", env, n_episodes=5, seed=0)
+    policy, actor = ("MultiInputPolicy", "torch") if is_dict else ("MlpPolicy", "numpy")
+    model = MaskableEpisodicA2C(policy, env, n_episodes=5, seed=0, actor=actor)
     assert isinstance(model._actor, TorchActor if is_dict else NumpyActor)
     # A confident policy: without masks it would nearly always take some invalid actions
     randomize(model.policy, scale=2.0)
-    model.learn(100_000)
-    assert model.num_timesteps == 100_000
+    model.learn(30_000)
+    assert model.num_timesteps == 30_000
     assert env.get_attr("n_invalid_actions") == [0] * 100
 
 
@@ -447,3 +448,14 @@ def test_solves_invalid_action_environments_in_fewer_steps_and_seconds_than_mask
         )
     ours, theirs = (np.median(runs[name], axis=0) for name in ("MaskableEpisodicA2C", "MaskablePPO"))
     assert (ours <= theirs).all(), (ours, theirs)
+
+
+def test_use_masking_is_an_argument_of_the_constructor() -> None:
+    """sb3-contrib's ``MaskablePPO.learn`` takes it."""
+    model = MaskableEpisodicA2C("MlpPolicy", make_random_envs(spaces.Discrete(3)), device="cpu")
+    message = r"MaskableEpisodicA2C.learn\(\).*'use_masking'.* one of the constructor's: .*use_masking=False\)"
+    with pytest.raises(TypeError, match=message):
+        model.learn(10, use_masking=False)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'callbacks'\.$"):
+        model.learn(10, callbacks=None)  # type: ignore[arg-type]
+    assert model.num_timesteps == 0

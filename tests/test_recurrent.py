@@ -71,7 +71,10 @@ def evaluate_by_sb3_contrib(policy: Any, samples: Any) -> tuple[th.Tensor, th.Te
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared", "none", "separate_2_layers"])
-@pytest.mark.parametrize(("n_envs", "partial_episodes"), [(1, "carry"), (3, "carry"), (3, "discard")])
+@pytest.mark.parametrize(
+    ("n_envs", "partial_episodes"),
+    [(3, "carry"), *(pytest.param(*rest, marks=pytest.mark.slow) for rest in ((1, "carry"), (3, "discard")))],
+)
 @pytest.mark.parametrize("is_dict", [False, True])
 @pytest.mark.parametrize("space", list(ACTION_SPACES))
 def test_training_sees_the_distribution_that_was_sampled_from(space, is_dict, n_envs, partial_episodes, critic):
@@ -267,7 +270,8 @@ def test_batches_are_whole_episodes_and_change_nothing_else(batch_size):
         assert [length for batch in batches for length in batch.episode_lengths] == lengths
         for batch, following in zip(batches, [*batches[1:], None], strict=True):
             n_transitions = sum(batch.episode_lengths)
-            assert size is None or n_transitions <= size or len(batch.episode_lengths) == 1
+            # More only for one that is longer, and for single steps, which go with their neighbours
+            assert size is None or n_transitions <= size + 1 or n_transitions <= max(batch.episode_lengths) + 2
             # As many as fit
             assert following is None or n_transitions + following.episode_lengths[0] > size
     for name in gradients[0]:

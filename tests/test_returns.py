@@ -1,5 +1,7 @@
 """Returns and their standardisation: fixed numbers, identities, and properties."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from sb3_episodic_a2c.returns import (
     EPSILON,
     ReturnStatistics,
     discounted_returns,
+    discounted_returns_of_columns,
     standardize,
     standardize_returns,
     unstandardize,
@@ -121,3 +124,23 @@ def test_unstandardize_inverts_standardize(values: np.ndarray, mean: float, std:
 def test_initial_statistics_leave_an_untrained_critics_value_alone() -> None:
     statistics = ReturnStatistics()
     assert unstandardize(np.array([0.3]), statistics.mean, statistics.std) == pytest.approx([0.3])
+
+
+@given(st.data(), st.floats(0, 1))
+def test_returns_of_many_episodes_at_once_are_those_of_each_to_the_last_bit(data: st.DataObject, gamma: float) -> None:
+    n_envs = data.draw(st.integers(1, 4))
+    rewards = data.draw(arrays(np.float32, (12, n_envs), elements=finite_floats))
+    episodes = [
+        (env_index, first_row, end_row, data.draw(finite_floats))
+        for env_index in range(n_envs)
+        for first_row, end_row in pairwise(sorted(data.draw(st.sets(st.integers(0, 12), min_size=2))))
+    ]
+    ends: dict[int, tuple[list[int], list[float]]] = {}
+    for env_index, _, end_row, terminal_value in episodes:
+        env_indices, values = ends.setdefault(end_row - 1, ([], []))
+        env_indices.append(env_index)
+        values.append(terminal_value)
+    columns = discounted_returns_of_columns(rewards, gamma, ends)
+    for env_index, first_row, end_row, terminal_value in episodes:
+        returns = discounted_returns(rewards[first_row:end_row, env_index], gamma, terminal_value)
+        np.testing.assert_array_equal(columns[first_row:end_row, env_index], returns)

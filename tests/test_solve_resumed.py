@@ -20,10 +20,13 @@ from gymnasium.envs.classic_control import CartPoleEnv
 from stable_baselines3.common.monitor import load_results
 
 from sb3_episodic_a2c import EpisodicA2C
+from sb3_episodic_a2c.tools import run_folder
 from sb3_episodic_a2c.tools import solve as solve_module
-from sb3_episodic_a2c.tools.solve import solve
 
 CONTEXT = multiprocessing.get_context("fork")
+
+# A hundred greedy episodes would take longer than the trainings
+solve = partial(solve_module.solve, n_eval_episodes=3)
 
 
 class UnpicklableEnv(CartPoleEnv):
@@ -179,7 +182,9 @@ def test_killed_while_the_checkpoints_are_removed(tmp_path: Path, monkeypatch: p
     before = {path: path.read_bytes() for path in tmp_path.glob("*.*") if path.is_file()}
     with pytest.raises(ValueError, match="holds a model already"):
         solve(**arguments)
-    assert files_of(tmp_path) == {"0.monitor.csv", "agent.gif", "learning_curve.png", "model.zip", "result.json"}
+    assert files_of(tmp_path) == {
+        *("0.monitor.csv", "agent.gif", "config.yml", "learning_curve.png", "model.zip", "result.json")
+    }
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -187,7 +192,7 @@ def test_killed_while_the_checkpoints_are_removed(tmp_path: Path, monkeypatch: p
 def test_the_other_run_finishes_just_now(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the check of the folder and the opening of the lock file, or between opening and locking."""
     start_and_kill(1, tmp_path, env_id="CartPole-v1")
-    module, function = {"open": (solve_module, open), "flock": (solve_module.fcntl, solve_module.fcntl.flock)}[moment]
+    module, function = {"open": (run_folder, open), "flock": (run_folder.fcntl, run_folder.fcntl.flock)}[moment]
 
     def finish_and_go_on(*arguments: Any) -> Any:
         if (tmp_path / "checkpoints").exists():
@@ -253,20 +258,20 @@ def test_start_afresh(tmp_path: Path) -> None:
 
 def test_default_folders_of_unfinished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = Path("runs") / "CartPole-v1-default-seed0"
+    folder = Path("runs") / "CartPole-v1-tuned-seed0"
     start_and_kill(2, folder, env_id="CartPole-v1")
     short = partial(solve, "CartPole-v1", progress_bar=False)
     # A fresh run and one with other settings leave it alone
-    assert short(total_timesteps=100, fresh=True).output.name == "CartPole-v1-default-seed0-2"
-    assert short(total_timesteps=100, n_envs=2).output.name == "CartPole-v1-default-seed0-3"
+    assert short(total_timesteps=100, fresh=True).output.name == "CartPole-v1-tuned-seed0-2"
+    assert short(total_timesteps=100, n_envs=2).output.name == "CartPole-v1-tuned-seed0-3"
     assert (folder / "checkpoints").exists()
     assert short(total_timesteps=1_500).output == folder
-    assert short(total_timesteps=100).output.name == "CartPole-v1-default-seed0-4"
+    assert short(total_timesteps=100).output.name == "CartPole-v1-tuned-seed0-4"
 
 
 def test_two_runs_never_write_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = Path("runs") / "CartPole-v1-default-seed0"
+    folder = Path("runs") / "CartPole-v1-tuned-seed0"
     process = CONTEXT.Process(
         target=partial(solve, "CartPole-v1", reward_threshold=500.0, total_timesteps=10**7, progress_bar=False)
     )
@@ -276,7 +281,7 @@ def test_two_runs_never_write_into_one_folder(tmp_path: Path, monkeypatch: pytes
         time.sleep(0.002)
     with pytest.raises(ValueError, match="not over yet"):
         solve("CartPole-v1", output=folder)
-    assert solve("CartPole-v1", total_timesteps=100, progress_bar=False).output.name == "CartPole-v1-default-seed0-2"
+    assert solve("CartPole-v1", total_timesteps=100, progress_bar=False).output.name == "CartPole-v1-tuned-seed0-2"
     process.kill()
     process.join()
     assert solve("CartPole-v1", total_timesteps=100, progress_bar=False).output == folder

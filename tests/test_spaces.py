@@ -126,8 +126,10 @@ class RolloutRecorder(BaseCallback):
         )
 
 
-@pytest.mark.parametrize("partial_episodes", ["carry", "discard"])
-@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize(
+    ("n_envs", "partial_episodes"),
+    [(3, "carry"), *(pytest.param(*rest, marks=pytest.mark.slow) for rest in ((1, "carry"), (1, "discard"), (3, "discard")))],
+)
 @pytest.mark.parametrize("observation", OBSERVATION_SPACES)
 @pytest.mark.parametrize("action", ACTION_SPACES)
 def test_trains_on_what_was_seen_and_done(algorithm, action, observation, n_envs, partial_episodes):

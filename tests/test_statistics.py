@@ -10,6 +10,8 @@ import pytest
 from scipy import stats
 
 from sb3_episodic_a2c.tools.comparison.statistics import (
+    Estimate,
+    difference,
     iqm,
     iqm_band,
     mean_and_std,
@@ -278,3 +280,22 @@ def test_bad_arguments() -> None:
             stratified_iqm([np.ones(2)], np.random.default_rng(0), confidence)
     with pytest.raises(ValueError, match="2 environments and `others` 1"):
         probability_of_improvement([np.ones(2), np.ones(2)], [np.ones(2)])
+
+
+def test_difference_of_two_means_covers_the_true_one() -> None:
+    """Of two normal samples, with Student's intervals of each: as often as it says, or slightly more."""
+    rng = np.random.default_rng(0)
+    n_covered = 0
+    for _ in range(1_000):
+        estimates = []
+        for mean, std in ((3.0, 1.0), (1.0, 4.0)):
+            sample = rng.normal(mean, std, size=10)
+            low, high = stats.t.interval(0.95, 9, loc=sample.mean(), scale=stats.sem(sample))
+            estimates.append(Estimate(float(sample.mean()), float(low), float(high)))
+        result = difference(*estimates)
+        assert result.value == estimates[0].value - estimates[1].value
+        n_covered += result.low <= 2.0 <= result.high
+    assert 930 <= n_covered <= 990
+    # By hand: 3 and 4 make 5
+    assert difference(Estimate(10.0, 7.0, 12.0), Estimate(4.0, 3.0, 8.0)) == (6.0, 1.0, 6.0 + math.sqrt(5))
+    assert math.isnan(difference(Estimate(1.0, math.nan, math.nan), Estimate(0.0, 0.0, 0.0)).low)

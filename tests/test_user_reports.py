@@ -14,6 +14,8 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
+from hypothesis import given
+from hypothesis import strategies as st
 from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -26,7 +28,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C, load_checkpoint, save_checkpoint
 from sb3_episodic_a2c.__main__ import main
 from sb3_episodic_a2c.evaluation import pass_size
+from sb3_episodic_a2c.samples import cut_episodes
 from tests.envs import TargetEnv, vectorized
+from tests.variant_envs import make_random_envs
 
 ALGORITHMS: list[tuple[type[Any], str, dict[str, Any]]] = [
     (EpisodicA2C, "MlpPolicy", {}),
@@ -339,6 +343,32 @@ def test_batch_norm_gets_no_single_row_where_another_size_is_possible(
             pass_sizes("MlpPolicy", n_transitions, batch_size, features_extractor_class=BatchNormExtractor)
     else:
         assert pass_sizes("MlpPolicy", n_transitions, batch_size, features_extractor_class=BatchNormExtractor) == expected
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(1, 9))
+def test_whole_episodes_are_cut_without_single_rows(lengths: list[int], batch_size: int) -> None:
+    batches = list(cut_episodes(np.array(lengths), batch_size, whole_episodes=True))
+    assert [length for _, pieces in batches for length in pieces] == lengths
+    sizes = [int(pieces.sum()) for _, pieces in batches]
+    assert [part.stop - part.start for part, _ in batches] == sizes
+    assert min(sizes) > 1 or sum(lengths) == 1
+    for size, (_, pieces) in zip(sizes, batches, strict=True):
+        # More than was asked for only for one long episode, and single rows beside it
+        assert size <= batch_size or size - sorted(pieces)[-1] <= 2 or size <= batch_size + 1
+
+
+def test_batch_norm_before_an_lstm_gets_no_single_row() -> None:
+    model = RecurrentEpisodicA2C(
+        "MlpLstmPolicy",
+        make_random_envs(spaces.Discrete(2), 2, max_length=3),
+        n_episodes=3,
+        batch_size=2,
+        policy_kwargs={"features_extractor_class": BatchNormExtractor, "lstm_hidden_size": 4},
+        seed=0,
+        device="cpu",
+    )
+    model.learn(150)
+    assert model._n_updates > 5
 
 
 def test_batch_norm_cannot_be_trained_on_one_transition() -> None:

@@ -6,8 +6,8 @@ What a user sees of it. In each case the model is as after its last update, and 
 
 - An environment raises: its own exception, with a note that names the environment and the step of its episode (Python 3.11
   and later).
-- A worker process of ``SubprocVecEnv`` dies: a RuntimeError that names it and how it died. The others are stopped. Go on with
-  new ones, ``model.set_env(env)``.
+- A worker process of ``SubprocVecEnv`` or gymnasium's ``AsyncVectorEnv`` dies: a RuntimeError that names it and how it died.
+  The others are stopped. Go on with new ones, ``model.set_env(env)``.
 - NaN in an observation: a ValueError that names the environment and the step, before an action is taken on it.
 - Infinity in an observation, NaN or infinity in a reward, the loss or the gradient: a ValueError that names the environment
   and the step, or the update, at the end of the episode at the latest. It never reaches the optimizer.

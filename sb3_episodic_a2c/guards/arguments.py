@@ -1,5 +1,6 @@
 """Bad arguments and spaces, refused before anything is changed. Each error names the argument, its value and the remedy."""
 
+import inspect
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
@@ -22,6 +23,21 @@ def _is_number(value: Any) -> bool:
 
 def _is_integer(value: Any, minimum: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
+
+
+def check_unknown(arguments: Mapping[str, Any], algorithm: type[Any]) -> None:
+    """
+    Refuse arguments that ``learn`` does not have, as ``MaskablePPO.learn`` does with ``use_masking``.
+
+    :param arguments: What ``learn`` was given beyond its own arguments
+    :param algorithm: The class of the model
+    :raises TypeError: As Python does, but it says which of them the constructor has
+    """
+    for name in arguments:
+        message = f"{algorithm.__name__}.learn() got an unexpected keyword argument {name!r}."
+        if name in inspect.signature(algorithm).parameters:
+            message += f" It is one of the constructor's: {algorithm.__name__}(policy, env, {name}={arguments[name]!r})."
+        raise TypeError(message)
 
 
 def copy_nested(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +82,12 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     huber_delta, vf_coef = arguments["huber_delta"], arguments["vf_coef"]
     check("huber_delta", _is_number(huber_delta) and huber_delta > 0, "It must be a number > 0, e.g. 1.0.")
     check("detach_advantage", isinstance(arguments["detach_advantage"], bool), "It must be True or False.")
-    check("ent_coef", _is_number(arguments["ent_coef"]), "It must be a finite number, e.g. 0.0 or 0.01.")
+    ent_coef = arguments["ent_coef"]
+    check(
+        "ent_coef",
+        callable(ent_coef) or _is_number(ent_coef),
+        "It must be a finite number, e.g. 0.0 or 0.01, or a function of the progress remaining (from 1 to 0).",
+    )
     check("vf_coef", _is_number(vf_coef) and vf_coef >= 0, "It must be a number >= 0, e.g. 1.0.")
     gae_lambda = arguments["gae_lambda"]
     check("gae_lambda", _is_number(gae_lambda) and 0 <= gae_lambda <= 1, "It must lie in [0, 1]; 1.0 is Monte Carlo.")
@@ -84,6 +105,26 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     )
     check(
         "n_value_epochs", _is_integer(arguments["n_value_epochs"], 0), "It must be an integer >= 0 (gradient steps), e.g. 4."
+    )
+    value_learning_rate = arguments["value_learning_rate"]
+    check(
+        "value_learning_rate",
+        value_learning_rate is None
+        or callable(value_learning_rate)
+        or (_is_number(value_learning_rate) and value_learning_rate >= 0),
+        "It must be None for `learning_rate`, a number >= 0, e.g. 1e-3, or a function of the progress remaining (1 to 0).",
+    )
+    check(
+        "value_learning_rate",
+        value_learning_rate is None or arguments["n_value_epochs"] > 0,
+        "It is the learning rate of value epochs, of which there are none: set `n_value_epochs`, e.g. to 10.",
+    )
+    noise_resample_prob = arguments["noise_resample_prob"]
+    check(
+        "noise_resample_prob",
+        callable(noise_resample_prob) or (_is_number(noise_resample_prob) and 0 < noise_resample_prob <= 1),
+        "It must lie in (0, 1], where 1.0 is noise of its own at every step, or be a function of the progress remaining "
+        "(from 1 to 0).",
     )
     max_grad_norm, batch_size = arguments["max_grad_norm"], arguments["batch_size"]
     check(

@@ -3,8 +3,8 @@ Numbers that are not finite: where they come from, and what they spoil.
 
 Where they are refused: an observation before an action is chosen for it (:func:`check_policy_input`) and at the end of its
 episode (``EpisodicRolloutBuffer.check_observations``); a reward at the end of its episode
-(``EpisodicRolloutBuffer.compute_returns``), with ``VecNormalize`` at once (:func:`check_rewards`); a gradient and a learning
-rate before the step of the optimizer.
+(``EpisodicRolloutBuffer.compute_returns``), with ``VecNormalize`` at once (:func:`check_rewards`); a gradient and what
+a schedule returns before the step of the optimizer.
 """
 
 import copy
@@ -100,19 +100,24 @@ def check_gradient(parameters: Sequence[nn.Parameter], step: str) -> th.Tensor:
     return norm
 
 
-def check_learning_rate(schedule: Callable[[float], float], progress_remaining: float, step: str) -> None:
+def scheduled(name: str, value: float | Callable[[float], float], progress_remaining: float, step: str) -> float:
     """
-    :param schedule: The schedule of the learning rate
+    The current value of an argument that may be a schedule.
+
+    :param name: Name of the argument
+    :param value: A number, or a function of the progress remaining
     :param progress_remaining: From 1 to 0
-    :param step: Which step of the optimizer it is for
-    :raises ValueError: The learning rate is not finite
+    :param step: What it is for, e.g. a step of the optimizer, which is refused
+    :return: The number
+    :raises ValueError: It is not finite
     """
-    learning_rate = schedule(progress_remaining)
-    if not math.isfinite(learning_rate):
+    number = float(value(progress_remaining) if callable(value) else value)
+    if not math.isfinite(number):
         raise ValueError(
-            f"The learning rate of {step} is {learning_rate}, {NOT_MADE} Fix the `learning_rate` schedule: "
-            f"it returned {learning_rate} at progress_remaining={progress_remaining}."
+            f"`{name}` of {step} is {number}, {NOT_MADE} Fix the schedule: it returned {number} at "
+            f"progress_remaining={progress_remaining}."
         )
+    return number
 
 
 NormalizeStatistics = tuple[Any, Any]

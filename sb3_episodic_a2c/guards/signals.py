@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM, which must not interrupt what has to be done as a whole."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,3 +52,20 @@ def _held_back(signal_number: signal.Signals) -> Iterator[Callable[[], None]]:
     finally:
         signal.signal(signal_number, handler)
         let_through()
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """
+    SIGTERM raises ``SystemExit`` within the block, as Ctrl-C raises ``KeyboardInterrupt``, so that what is at work can end in
+    order. A handler that is there already stays.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    # The exit status that a shell shows for it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch as th
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_episodic_a2c.guards.numbers import check_policy_input, restore_statistics
@@ -58,7 +59,10 @@ def _abandon_rollout(model: Any, env: VecEnv, error: BaseException) -> None:
     index = find_environment(error, env)
     # Exceptions have notes since Python 3.11
     if index is not None and hasattr(error, "add_note"):
-        error.add_note(f"Raised by environment {index} at step {steps[index]} of its episode, {where}.")
+        replace = ""
+        if getattr(base_env(env), "closed", False):
+            replace = ", so first give it as many new ones with `model.set_env(env)`, as the worker process has ended"
+        error.add_note(f"Raised by environment {index} at step {steps[index]} of its episode, {where}{replace}.")
 
 
 def raise_if_not_finite(model: Any, error: Exception) -> None:
@@ -101,10 +105,17 @@ def find_environment(error: BaseException, env: VecEnv) -> int | None:
     :param env: The environments it may come from
     :return: Index of the environment that raised it; None if it is not known, or none of them did
     """
-    dummy_env = base_env(env)
-    if isinstance(dummy_env, DummyVecEnv):
-        # SB3 steps them in turn, and only its stack frame tells which one
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if frame.f_locals.get("self") is dummy_env and "env_idx" in frame.f_locals:
-                return frame.f_locals["env_idx"]
+    base = base_env(env)
+    # SB3 and gymnasium step them in turn, and only their stack frames tell which one
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame, called in zip(frames, [*frames[1:], {}], strict=True):
+        if frame.get("self") is not base:
+            continue
+        if isinstance(base, DummyVecEnv) and "env_idx" in frame:
+            return frame["env_idx"]
+        if isinstance(base, SyncVectorEnv) and "i" in frame and called.get("self") is base.envs[frame["i"]]:
+            return frame["i"]
+        if isinstance(base, AsyncVectorEnv) and "exctype" in frame:
+            # It re-raises the error of the last of its workers
+            return frame["index"]
     return None

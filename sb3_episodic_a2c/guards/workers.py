@@ -1,4 +1,4 @@
-"""Worker processes of a ``SubprocVecEnv``: which died, and how to go on with those that were interrupted."""
+"""Worker processes of ``SubprocVecEnv`` and ``AsyncVectorEnv``: which died, and how to go on with those interrupted."""
 
 import os
 import signal
@@ -12,20 +12,22 @@ from multiprocessing.connection import Pipe, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+from gymnasium.vector import AsyncVectorEnv, VectorEnv
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
 
 WORKER_EXIT_SECONDS = 5.0
 """How long a worker may take from closing its pipe to its exit."""
 
 
-def base_env(env: VecEnv) -> VecEnv:
+def base_env(env: VecEnv) -> VecEnv | VectorEnv:
     """
     :param env: Environments, with or without wrappers
-    :return: The environments without the wrappers of SB3
+    :return: The environments without the wrappers of SB3, and of gymnasium where it is a vector environment
     """
     while isinstance(env, VecEnvWrapper):
         env = env.venv
-    return env
+    vector_env = getattr(env, "env", None)
+    return vector_env.unwrapped if isinstance(vector_env, VectorEnv) else env
 
 
 def stop_workers_if_one_died(error: BaseException | None, env: VecEnv) -> str | None:
@@ -34,33 +36,44 @@ def stop_workers_if_one_died(error: BaseException | None, env: VecEnv) -> str | 
 
     :param error: What was raised in talking to them; None to look without waiting
     :param env: The environments
-    :return: Which died, and how; None if all are alive, or there are none
+    :return: Which died, and how; None if none did, or ``error`` is that of its environment
     """
-    subproc_env = base_env(env)
-    if not isinstance(subproc_env, SubprocVecEnv) or subproc_env.closed:
+    workers = base_env(env)
+    if not isinstance(workers, SubprocVecEnv | AsyncVectorEnv) or workers.closed:
+        return None
+    if isinstance(workers, AsyncVectorEnv) and None in workers.parent_pipes:
+        # gymnasium has dropped the pipe to a worker whose environment raised an error, and raises the error itself
+        _stop(workers)
         return None
     if error is not None:
-        if not isinstance(error, (EOFError, ConnectionError)):
+        if not isinstance(error, EOFError | ConnectionError):
             return None
-        ended = wait([process.sentinel for process in subproc_env.processes], timeout=WORKER_EXIT_SECONDS)
-        for process in subproc_env.processes:
+        ended = wait([process.sentinel for process in workers.processes], timeout=WORKER_EXIT_SECONDS)
+        for process in workers.processes:
             if process.sentinel in ended:
                 # A worker closes its pipes a moment before its exit code is known
                 process.join(WORKER_EXIT_SECONDS)
-    dead = [index for index, process in enumerate(subproc_env.processes) if not process.is_alive()]
+    dead = [index for index, process in enumerate(workers.processes) if not process.is_alive()]
     if not dead:
         return None
-    for process in subproc_env.processes:
-        process.terminate()
-    for process in subproc_env.processes:
-        process.join()
-    for remote in subproc_env.remotes:
-        remote.close()
-    # `close` would wait for answers of dead workers
-    subproc_env.waiting, subproc_env.closed = False, True
+    _stop(workers)
     return "; ".join(
-        f"the worker process of environment {index} {_describe_exit(subproc_env.processes[index].exitcode)}" for index in dead
+        f"the worker process of environment {index} {_describe_exit(workers.processes[index].exitcode)}" for index in dead
     )
+
+
+def _stop(workers: SubprocVecEnv | AsyncVectorEnv) -> None:
+    """End all processes. ``close`` would wait for answers of dead ones."""
+    for process in workers.processes:
+        process.terminate()
+    for process in workers.processes:
+        process.join()
+    for pipe in workers.remotes if isinstance(workers, SubprocVecEnv) else workers.parent_pipes:
+        if pipe is not None:
+            pipe.close()
+    if isinstance(workers, SubprocVecEnv):
+        workers.waiting = False
+    workers.closed = True
 
 
 def _describe_exit(exit_code: int | None) -> str:
@@ -129,10 +142,11 @@ def watch_workers(env: VecEnv | None) -> Iterator[None]:
     :param env: The environments; nothing is done unless they live in forked processes
     """
     subproc_env = None if env is None else base_env(env)
-    if isinstance(subproc_env, SubprocVecEnv) and subproc_env.closed:
+    if isinstance(subproc_env, SubprocVecEnv | AsyncVectorEnv) and subproc_env.closed:
         raise RuntimeError(
             "The environments are closed and cannot be reset. Give the model as many new ones with `model.set_env(env)`."
         )
+    # A worker of gymnasium's is the only one that holds the end of its pipe: its death is noticed
     if not isinstance(subproc_env, SubprocVecEnv) or os.name != "posix":
         yield
         return

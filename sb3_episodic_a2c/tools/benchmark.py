@@ -1,5 +1,6 @@
 """
-How fast is ``learn()``? EpisodicA2C beside SB3's A2C and PPO, and beside the bare VecEnv, which is the upper limit.
+How fast is ``learn()``? EpisodicA2C beside SB3's A2C and PPO, and beside the bare environments, which are the upper limit.
+On vector environments also beside A2C in plain PyTorch.
 
 The candidates take turns in one process on one torch thread, so a slow moment of the machine slows all of them down. Only
 ratios within a turn are worth quoting. Run it on a quiet machine.
@@ -11,35 +12,44 @@ import json
 import multiprocessing
 import platform
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import stable_baselines3
 import torch as th
 from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, PPO
+from stable_baselines3.common import env_util
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
+from tqdm import tqdm
 
-import sb3_episodic_a2c
 from sb3_episodic_a2c import EpisodicA2C, RecurrentEpisodicA2C
-from sb3_episodic_a2c.tools.record import without_images
+from sb3_episodic_a2c.tools.plain_a2c import PlainA2C
+from sb3_episodic_a2c.tools.vectorization import HELP as VECTORIZATION_HELP
+from sb3_episodic_a2c.tools.vectorization import VECTORIZATIONS, make_vec_env
+from sb3_episodic_a2c.tools.versions import versions
+from sb3_episodic_a2c.vector import GymnasiumVecEnv
 
 IMAGE_ENV = "images-84x84x4"
 DEFAULT_ENVS = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "LunarLander-v3", IMAGE_ENV)
 DEFAULT_N_ENVS = (1, 8, 64)
 MAX_IMAGE_ENVS = 8
 """With more, the images take gigabytes."""
+MIN_WARM_UP = 2_048
+"""Env steps before anything is measured: a rollout of PPO."""
 CEILING = "VecEnv"
 OURS = "EpisodicA2C"
+PLAIN = "PyTorch A2C"
+"""A2C without SB3, on vector environments with flat observations and discrete actions."""
 
 
 class ImageEnv(gym.Env):
@@ -98,6 +108,8 @@ class Case:
 
     env_id: str
     n_envs: int
+    vectorization: str = "dummy"
+    """See :func:`make_env`."""
     steps_per_second: dict[str, list[float]] = field(default_factory=dict)
     """Candidate: one figure a turn."""
     train_fraction: dict[str, list[float]] = field(default_factory=dict)
@@ -112,15 +124,16 @@ class Case:
         return [a / b for a, b in zip(self.steps_per_second[of], self.steps_per_second[to], strict=True)]
 
 
-def make_env(env_id: str, n_envs: int) -> VecEnv:
+def make_env(env_id: str, n_envs: int, vectorization: str = "dummy") -> VecEnv:
     """
     :param env_id: A registered id, or :data:`IMAGE_ENV`
-    :param n_envs: Number of copies, in one process
-    :return: A DummyVecEnv
+    :param n_envs: Number of copies
+    :param vectorization: See :func:`sb3_episodic_a2c.tools.vectorization.make_vec_env`
+    :return: The environments
+    :raises ValueError: EnvPool is not installed, or does not have the environment
     """
-    if env_id == IMAGE_ENV:
-        return make_vec_env(ImageEnv, n_envs, seed=0)
-    return make_vec_env(without_images(env_id), n_envs, seed=0)
+    make = ImageEnv if env_id == IMAGE_ENV else None
+    return make_vec_env(env_id, make, n_envs, seed=0, vectorization=vectorization)
 
 
 def make_model(name: str, env: VecEnv) -> BaseAlgorithm:
@@ -140,8 +153,8 @@ def make_model(name: str, env: VecEnv) -> BaseAlgorithm:
 class Learner:
     """An algorithm on an environment, which goes on learning at each turn."""
 
-    def __init__(self, name: str, env_id: str, n_envs: int) -> None:
-        self.env = make_env(env_id, n_envs)
+    def __init__(self, name: str, env_id: str, n_envs: int, vectorization: str = "dummy") -> None:
+        self.env = make_env(env_id, n_envs, vectorization)
         self.model = make_model(name, self.env)
         self.train_seconds = 0.0
         self._train = self.model.train  # type: ignore[attr-defined]  # SB3's base class does not declare `train`
@@ -187,38 +200,66 @@ class Learner:
 
 
 class RandomPlayer:
-    """The bare VecEnv under random actions, drawn beforehand."""
+    """The bare environments under random actions, drawn beforehand: SB3's VecEnv, or the vector environment itself."""
 
     train_seconds = 0.0
 
-    def __init__(self, env_id: str, n_envs: int) -> None:
-        self.env = make_env(env_id, n_envs)
+    def __init__(self, env_id: str, n_envs: int, vectorization: str = "dummy") -> None:
+        self.env = make_env(env_id, n_envs, vectorization)
         self.actions = np.array([[self.env.action_space.sample() for _ in range(n_envs)] for _ in range(256)])
         self.env.reset()
+        self.step = self.env.env.step if isinstance(self.env, GymnasiumVecEnv) else self.env.step
 
     def run(self, n_steps: int) -> int:
         n_vec_steps = max(1, n_steps // self.env.num_envs)
         for index in range(n_vec_steps):
-            self.env.step(self.actions[index % 256])
+            self.step(self.actions[index % 256])
         return n_vec_steps * self.env.num_envs
 
 
-def measure(env_id: str, n_envs: int, candidates: list[str], repeats: int, seconds: float) -> Case:
+def make_player(name: str, env_id: str, n_envs: int, vectorization: str) -> Learner | RandomPlayer | PlainA2C:
+    """
+    :param name: Name of an algorithm, :data:`CEILING` or :data:`PLAIN`
+    :param env_id: See :func:`make_env`
+    :param n_envs: Number of copies
+    :param vectorization: See :func:`make_env`
+    """
+    if name == CEILING:
+        return RandomPlayer(env_id, n_envs, vectorization)
+    if name == PLAIN:
+        env = make_env(env_id, n_envs, vectorization)
+        assert isinstance(env, GymnasiumVecEnv)
+        return PlainA2C(env)
+    return Learner(name, env_id, n_envs, vectorization)
+
+
+def has_plain_peer(env_id: str, vectorization: str) -> bool:
+    """Whether A2C in plain PyTorch can learn there."""
+    if vectorization not in ("gymnasium", "envpool"):
+        return False
+    env = make_env(env_id, 1, vectorization)
+    env.close()
+    return isinstance(env.action_space, spaces.Discrete) and len(env.observation_space.shape or ()) == 1
+
+
+def measure(
+    env_id: str, n_envs: int, candidates: list[str], repeats: int, seconds: float, vectorization: str = "dummy"
+) -> Case:
     """
     :param env_id: See :func:`make_env`
     :param n_envs: Number of copies
     :param candidates: Names of algorithms; the bare VecEnv is always among them
     :param repeats: Number of turns
     :param seconds: About how long a candidate may run at each turn
+    :param vectorization: See :func:`make_env`
     :return: The case, without memory
     """
-    case = Case(env_id, n_envs)
-    players: dict[str, Learner | RandomPlayer] = {CEILING: RandomPlayer(env_id, n_envs)}
-    players.update({name: Learner(name, env_id, n_envs) for name in candidates})
+    case = Case(env_id, n_envs, vectorization)
+    players = {name: make_player(name, env_id, n_envs, vectorization) for name in (CEILING, *candidates)}
     n_steps = {}
     for name, player in players.items():
         # Warm up, and measure how many steps take ``seconds``
-        n_warm_up = max(2_048, 250 * n_envs)
+        n_warm_up = max(MIN_WARM_UP, 250 * n_envs)
         player.run(n_warm_up)
         start = time.perf_counter()
         done = player.run(n_warm_up)
@@ -262,17 +303,18 @@ def _forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory(name: str, env_id: str, n_envs: int, n_steps: int) -> float:
+def peak_memory(name: str, env_id: str, n_envs: int, n_steps: int, vectorization: str = "dummy") -> float:
     """
     :param name: Name of an algorithm
     :param env_id: See :func:`make_env`
     :param n_envs: Number of copies
     :param n_steps: Env steps to train for
+    :param vectorization: See :func:`make_env`
     :return: MiB by which the process has grown
     """
     th.set_num_threads(1)
     before = _peak_mib()
-    Learner(name, env_id, n_envs).run(n_steps)
+    make_player(name, env_id, n_envs, vectorization).run(n_steps)
     return _peak_mib() - before
 
 
@@ -283,7 +325,9 @@ def episode_length_cost(repeats: int, n_steps: int = 40_000) -> dict[int, float]
     :return: Microseconds of ``learn()`` for an env step, by the length of the episodes; median over the turns
     """
     models = {
-        length: EpisodicA2C("MlpPolicy", make_vec_env(LengthEnv, env_kwargs={"episode_length": length}), device="cpu", seed=0)
+        length: EpisodicA2C(
+            "MlpPolicy", env_util.make_vec_env(LengthEnv, env_kwargs={"episode_length": length}), device="cpu", seed=0
+        )
         for length in (10, 100, 1_000, 10_000)
     }
     microseconds: dict[int, list[float]] = {length: [] for length in models}
@@ -304,7 +348,7 @@ def recurrent_update_seconds(repeats: int, n_envs: int = 8, n_steps: int = 200) 
     :param n_steps: Steps of every episode
     :return: Seconds, median over the turns. RecurrentPPO with its default ``batch_size``, and with all transitions at once
     """
-    env = make_vec_env(LengthEnv, n_envs=n_envs, env_kwargs={"episode_length": n_steps})
+    env = env_util.make_vec_env(LengthEnv, n_envs=n_envs, env_kwargs={"episode_length": n_steps})
     common: dict[str, Any] = {"policy_kwargs": {"lstm_hidden_size": 64}, "device": "cpu", "seed": 0}
     ppo: dict[str, Any] = {"n_steps": n_steps, "n_epochs": 1, **common}
     models: dict[str, Any] = {
@@ -330,7 +374,7 @@ def image_update_memory(episode_length: int, batch_size: int | None) -> float:
     :return: MiB that the update of one episode needed beyond what the process held before it, the episode included
     """
     th.set_num_threads(1)
-    env = make_vec_env(ImageEnv, env_kwargs={"episode_length": episode_length})
+    env = env_util.make_vec_env(ImageEnv, env_kwargs={"episode_length": episode_length})
     model = EpisodicA2C("CnnPolicy", env, batch_size=batch_size, device="cpu", seed=0)
     peaks = []
     train = model.train
@@ -355,6 +399,7 @@ def benchmark(
     seconds: float = 1.0,
     with_memory: bool = True,
     on_case: Callable[[Case], None] = lambda case: None,
+    vectorizations: tuple[str, ...] = ("dummy",),
 ) -> list[Case]:
     """
     :param env_ids: See :func:`make_env`; the image environment is run with at most :data:`MAX_IMAGE_ENVS` copies
@@ -364,34 +409,51 @@ def benchmark(
     :param seconds: About how long a candidate may run at each turn
     :param with_memory: Whether to measure peak memory, each in a process of its own
     :param on_case: Called with every case as soon as it is measured
+    :param vectorizations: See :func:`make_env`
     :return: The cases
     """
     th.set_num_threads(1)
     cases = []
-    for env_id in env_ids:
-        for n in dict.fromkeys(min(n, MAX_IMAGE_ENVS) for n in n_envs) if env_id == IMAGE_ENV else n_envs:
-            case = measure(env_id, n, list(candidates), repeats, seconds)
-            if with_memory:
-                # Several rollouts of A2C and PPO, and in most environments at least one whole episode each
-                n_steps = max(4_096, 500 * n)
-                case.peak_mib = {name: in_fresh_process(peak_memory, name, env_id, n, n_steps) for name in candidates}
-            cases.append(case)
-            on_case(case)
+    for env_id, n, vectorization in grid(env_ids, n_envs, vectorizations):
+        names = [*candidates, PLAIN] if has_plain_peer(env_id, vectorization) else list(candidates)
+        case = measure(env_id, n, names, repeats, seconds, vectorization)
+        if with_memory:
+            # Several rollouts of A2C and PPO, and in most environments at least one whole episode each
+            n_steps = max(4_096, 500 * n)
+            case.peak_mib = {name: in_fresh_process(peak_memory, name, env_id, n, n_steps, vectorization) for name in names}
+        cases.append(case)
+        on_case(case)
     return cases
+
+
+def grid(env_ids: tuple[str, ...], n_envs: tuple[int, ...], vectorizations: tuple[str, ...]) -> list[tuple[str, int, str]]:
+    """The cases of :func:`benchmark`: environment, number of copies, vectorization."""
+    return [
+        (env_id, n, vectorization)
+        for env_id, vectorization in product(env_ids, vectorizations)
+        for n in dict.fromkeys(min(n, MAX_IMAGE_ENVS) if env_id == IMAGE_ENV else n for n in n_envs)
+    ]
 
 
 def describe(case: Case) -> list[str]:
     """One row of the table for each candidate, with its cells joined."""
     rows = []
     for name, speeds in case.steps_per_second.items():
-        cells = [case.env_id, str(case.n_envs), name, f"{statistics.median(speeds):,.0f}", _spread(speeds, "{:,.0f}")]
+        cells = [
+            case.env_id,
+            case.vectorization,
+            str(case.n_envs),
+            name,
+            f"{statistics.median(speeds):,.0f}",
+            _spread(speeds, "{:,.0f}"),
+        ]
         for other in ("A2C", CEILING):
             if other in case.steps_per_second:
                 ratios = case.ratios(name, other)
                 cells.append(f"{statistics.median(ratios):.2f} {_spread(ratios, '{:.2f}')}")
             else:
                 cells.append("-")
-        cells.append(f"{100 * statistics.median(case.train_fraction[name]):.0f}%" if name != CEILING else "-")
+        cells.append(f"{100 * statistics.median(case.train_fraction[name]):.0f}%" if name in case.env_fraction else "-")
         cells.append(f"{100 * case.env_fraction[name]:.0f}%" if name in case.env_fraction else "-")
         cells.append(f"{case.peak_mib[name]:.0f}" if name in case.peak_mib else "-")
         rows.append(" | ".join(cells))
@@ -403,7 +465,7 @@ def _spread(values: list[float], template: str) -> str:
 
 
 COLUMNS = (
-    *("environment", "n_envs", "candidate", "env steps/s", "(min-max)"),
+    *("environment", "vectorization", "n_envs", "candidate", "env steps/s", "(min-max)"),
     *("times A2C", "share of VecEnv", "in updates", "in VecEnv", "peak MiB"),
 )
 
@@ -413,12 +475,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--n-envs", nargs="+", type=int, default=DEFAULT_N_ENVS, help="numbers of copies (default: %(default)s)"
     )
+    parser.add_argument(
+        "--vectorization",
+        nargs="+",
+        choices=VECTORIZATIONS,
+        default=["dummy"],
+        help=f"{VECTORIZATION_HELP}. With the last two, A2C in plain PyTorch is measured as well",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="turns (default: %(default)s)")
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="about how long a turn of one candidate takes (default: %(default)s)"
     )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--no-extra", action="store_true", help="do not measure long episodes and the update on images")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     parser.add_argument("-o", "--output", type=Path, help="write the figures to this JSON file")
 
 
@@ -428,47 +498,54 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"`--{name}` is {getattr(arguments, name)}. It must be > 0.")
     if min(arguments.n_envs) < 1:
         raise ValueError(f"`--n-envs` is {list(arguments.n_envs)}. Each must be >= 1.")
-    versions = {
-        "sb3_episodic_a2c": sb3_episodic_a2c.__version__,
-        "stable_baselines3": stable_baselines3.__version__,
-        "torch": th.__version__,
-        "numpy": np.__version__,
-        "gymnasium": gym.__version__,
-        "python": platform.python_version(),
-    }
-    print(", ".join(f"{name} {version}" for name, version in versions.items()) + "; one torch thread")
+    print(", ".join(f"{name} {version}" for name, version in versions().items()) + "; one torch thread")
     print(f"Medians over {arguments.repeats} turns; ratios are taken within a turn\n")
     if IMAGE_ENV in arguments.env and max(arguments.n_envs) > MAX_IMAGE_ENVS:
         print(f"{IMAGE_ENV}: at most {MAX_IMAGE_ENVS} copies\n")
     print(f"| {' | '.join(COLUMNS)} |")
     print("|" + "---|" * len(COLUMNS))
 
-    def show(case: Case) -> None:
-        for row in describe(case):
-            print(f"| {row} |", flush=True)
+    env_ids, vectorizations = tuple(arguments.env), tuple(arguments.vectorization)
+    numbers = tuple(arguments.n_envs)
+    image_updates = [] if arguments.no_extra else [(length, size) for size in (64, 1_024) for length in (2_000, 20_000)]
+    n_measured = len(grid(env_ids, numbers, vectorizations)) + (0 if arguments.no_extra else 2 + len(image_updates))
+    # The tables go to the standard output, so that they can be kept
+    with tqdm(total=n_measured, unit="case", disable=arguments.no_progress) as bar:
 
-    cases = benchmark(
-        tuple(arguments.env),
-        tuple(arguments.n_envs),
-        repeats=arguments.repeats,
-        seconds=arguments.seconds,
-        with_memory=not arguments.no_memory,
-        on_case=show,
-    )
-    report: dict[str, Any] = {"versions": versions, "cases": [asdict(case) for case in cases]}
-    if not arguments.no_extra:
-        report["microseconds_by_episode_length"] = episode_length_cost(arguments.repeats)
-        print("\nMicroseconds of learn() for an env step, by the length of the episodes:")
-        print(", ".join(f"{length:,}: {cost:.1f}" for length, cost in report["microseconds_by_episode_length"].items()))
-        report["recurrent_update_seconds"] = recurrent_update_seconds(arguments.repeats)
-        print("\nMilliseconds of an update of 8 episodes of 200 steps, LSTM of 64:")
-        print(", ".join(f"{name}: {1e3 * seconds:.1f}" for name, seconds in report["recurrent_update_seconds"].items()))
-        report["image_update_mib"] = {
-            f"{length} steps, batch_size={batch_size}": in_fresh_process(image_update_memory, length, batch_size)
-            for length, batch_size in ((2_000, 64), (20_000, 64), (2_000, 1_024), (20_000, 1_024))
-        }
-        print("\nMiB that the update of one episode of 84x84x4 images needs above the stored episode:")
-        print(", ".join(f"{case}: {mib:.0f}" for case, mib in report["image_update_mib"].items()))
+        def show(text: str) -> None:
+            bar.write(text)
+            sys.stdout.flush()
+
+        def on_case(case: Case) -> None:
+            show("\n".join(f"| {row} |" for row in describe(case)))
+            bar.update()
+
+        cases = benchmark(
+            env_ids,
+            numbers,
+            repeats=arguments.repeats,
+            seconds=arguments.seconds,
+            with_memory=not arguments.no_memory,
+            on_case=on_case,
+            vectorizations=vectorizations,
+        )
+        report: dict[str, Any] = {"versions": versions(), "cases": [asdict(case) for case in cases]}
+        if not arguments.no_extra:
+            report["microseconds_by_episode_length"] = episode_length_cost(arguments.repeats)
+            bar.update()
+            show("\nMicroseconds of learn() for an env step, by the length of the episodes:")
+            show(", ".join(f"{length:,}: {cost:.1f}" for length, cost in report["microseconds_by_episode_length"].items()))
+            report["recurrent_update_seconds"] = recurrent_update_seconds(arguments.repeats)
+            bar.update()
+            show("\nMilliseconds of an update of 8 episodes of 200 steps, LSTM of 64:")
+            show(", ".join(f"{name}: {1e3 * seconds:.1f}" for name, seconds in report["recurrent_update_seconds"].items()))
+            report["image_update_mib"] = {}
+            for length, batch_size in image_updates:
+                mib = in_fresh_process(image_update_memory, length, batch_size)
+                report["image_update_mib"][f"{length} steps, batch_size={batch_size}"] = mib
+                bar.update()
+            show("\nMiB that the update of one episode of 84x84x4 images needs above the stored episode:")
+            show(", ".join(f"{case}: {mib:.0f}" for case, mib in report["image_update_mib"].items()))
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(report, indent=2) + "\n")

@@ -3,8 +3,6 @@
 import argparse
 import importlib
 import warnings
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 import sb3_episodic_a2c
+from sb3_episodic_a2c.tools.greedy import predict
+from sb3_episodic_a2c.tools.runs import Run
 
 DEFAULT_FPS = 30.0
 """For environments that name no ``render_fps``."""
-
-
-def without_images(env_id: str) -> Callable[..., gym.Env]:
-    """
-    :param env_id: Id of an environment that is not watched
-    :return: A function that makes it, for ``make_vec_env``. Given the id instead, SB3 asks for images, and so does
-        ``A2C("MlpPolicy", env_id)``. LunarLander then adds a particle to its physics at every thrust, which only ``render``
-        removes, so long episodes get ten times slower. ``env_kwargs={"render_mode": None}`` avoids it as well
-    """
-    return partial(gym.make, env_id)
 
 
 def play_episodes(
@@ -62,7 +52,7 @@ def play_episodes(
     episode_start = np.ones((1,), dtype=bool)
     while max_steps is None or len(frames) < max_steps:
         frames.append(_render(env))
-        actions, state = model.predict(obs, state=state, episode_start=episode_start, deterministic=deterministic)
+        actions, state = predict(model, env, obs, state, episode_start, deterministic)
         obs, rewards, episode_start, _ = env.step(actions)
         episode_rewards[-1] += float(rewards[0])
         # The last state of the episode has no frame: the VecEnv has already reset
@@ -194,7 +184,29 @@ def record_gif(
         env.training = False
         env.norm_reward = False
     # Images are put channels first, as in training
-    env = BaseAlgorithm._wrap_env(env)
+    return _record(model, BaseAlgorithm._wrap_env(env), path, n_episodes, max_steps)
+
+
+def record_episodes(
+    run: Run, model: BaseAlgorithm, path: str | Path, n_episodes: int = 1, seed: int = 0, max_steps: int | None = None
+) -> list[float]:
+    """
+    :func:`record_gif` for a run of ``solve``, with all that its environment is wrapped in.
+
+    :param run: The run
+    :param model: Its agent
+    :param path: The file to write
+    :param n_episodes: Number of episodes to play
+    :param seed: Seed of the environment
+    :param max_steps: The most steps in all; None: no limit
+    :return: The sum of rewards of each episode
+    """
+    env = run.make_env(render_mode="rgb_array")
+    env.seed(seed)
+    return _record(model, env, path, n_episodes, max_steps)
+
+
+def _record(model: BaseAlgorithm, env: VecEnv, path: str | Path, n_episodes: int, max_steps: int | None) -> list[float]:
     try:
         fps: Any = env.metadata.get("render_fps") or DEFAULT_FPS
         frames, episode_rewards = play_episodes(model, env, n_episodes, max_steps)
@@ -216,29 +228,32 @@ def _algorithm_class(name: str) -> type[BaseAlgorithm]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, type=Path, help="zip of the model")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", dest="folder", type=Path, help="output folder of solve, which says all about the agent")
+    source.add_argument("--model", type=Path, help="zip of any model; needs --env")
     parser.add_argument(
         "--algo", default="EpisodicA2C", help="class of the model: ours, SB3's or sb3-contrib's (default: %(default)s)"
     )
-    parser.add_argument("--env", required=True, help="id of the environment, e.g. CartPole-v1")
+    parser.add_argument("--env", help="id of the environment, e.g. CartPole-v1")
     parser.add_argument("-o", "--output", required=True, type=Path, help="the GIF to write")
-    parser.add_argument("--n-episodes", type=int, default=1, help="episodes to play (default: 1)")
+    parser.add_argument("--n-episodes", type=int, default=1, help="episodes to play (default: %(default)s)")
     parser.add_argument("--max-steps", type=int, help="the most steps in all (default: no limit)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the environment (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the environment (default: %(default)s)")
     parser.add_argument("--vec-normalize", type=Path, help="saved VecNormalize statistics (.pkl) of the training")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if not arguments.model.is_file():
-        raise ValueError(f"`--model` {arguments.model} is not a file. Give the zip that `model.save` or `solve` wrote.")
-    model = _algorithm_class(arguments.algo).load(arguments.model, device="cpu")
-    episode_rewards = record_gif(
-        model,
-        arguments.env,
-        arguments.output,
-        n_episodes=arguments.n_episodes,
-        seed=arguments.seed,
-        max_steps=arguments.max_steps,
-        vec_normalize_path=arguments.vec_normalize,
-    )
+    how_long = {"n_episodes": arguments.n_episodes, "seed": arguments.seed, "max_steps": arguments.max_steps}
+    if arguments.folder is not None:
+        finished = Run.read(arguments.folder)
+        episode_rewards = record_episodes(finished, finished.load_model(), arguments.output, **how_long)
+    else:
+        if arguments.env is None:
+            raise ValueError("`--env` is missing. Give the id of the environment of `--model`, or the folder of `--run`.")
+        if not arguments.model.is_file():
+            raise ValueError(f"`--model` {arguments.model} is not a file. Give the zip that `model.save` or `solve` wrote.")
+        model = _algorithm_class(arguments.algo).load(arguments.model, device="cpu")
+        episode_rewards = record_gif(
+            model, arguments.env, arguments.output, vec_normalize_path=arguments.vec_normalize, **how_long
+        )
     print(f"Wrote {arguments.output}: rewards {', '.join(f'{reward:g}' for reward in episode_rewards)}")

@@ -1,52 +1,50 @@
-"""The main job: train on an environment until it is solved, and keep the model, a learning curve and a GIF of the agent."""
+"""The main job: train an agent, evaluate it, and keep the model, a learning curve and a GIF of the agent."""
 
 import argparse
-import contextlib
 import importlib
-import itertools
 import json
-import os
-import shutil
+import sys
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch as th
+import yaml
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import CallbackList
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.monitor import get_monitor_files, load_results
+from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_episodic_a2c import EpisodicA2C, ResumableCheckpointCallback, notebook_preset, resume
+from sb3_episodic_a2c import EpisodicA2C, ResumableCheckpointCallback
 from sb3_episodic_a2c.callbacks import EpisodeProgressCallback, SolvedAt, StopTrainingOnSolved
 from sb3_episodic_a2c.guards.arguments import check_spaces
 from sb3_episodic_a2c.guards.files import atomic_write
-from sb3_episodic_a2c.tools.record import one_line, reason_against_pictures, record_gif, without_images
-
-try:
-    import fcntl
-except ImportError:
-    # Windows, where two processes that write to one folder go unnoticed
-    fcntl = None  # type: ignore[assignment]  # mypy does not allow None for a module
+from sb3_episodic_a2c.tools.entries import check_env, entry_manager, evaluation_seed, import_packages, read_entry
+from sb3_episodic_a2c.tools.greedy import Evaluation, evaluate
+from sb3_episodic_a2c.tools.record import one_line, reason_against_pictures, record_episodes
+from sb3_episodic_a2c.tools.run_folder import CHECKPOINTS, finish, open_folder, resume_run
+from sb3_episodic_a2c.tools.runs import CONFIG, MODEL, RESULT, STATISTICS, Run
+from sb3_episodic_a2c.tools.vectorization import HELP as VECTORIZATION_HELP
+from sb3_episodic_a2c.tools.vectorization import VECTORIZATIONS, check_vectorization
+from sb3_episodic_a2c.tools.versions import versions
+from sb3_episodic_a2c.tools.zoo import ALGORITHMS, DEFAULT_ALGORITHM, config_path, register, store_dict_action
 
 DEFAULT_TOTAL_TIMESTEPS = 500_000
+"""Of the default preset."""
 
-PRESETS = ("default", "notebook")
-
-CHECKPOINTS = "checkpoints"
-"""Folder in the output folder of a run, as long as the run is not finished."""
-
-REMOVED = f".{CHECKPOINTS}.done"
-"""Its name while it is removed at the end."""
+PRESETS = ("tuned", "default", "notebook")
 
 SAVE_FREQ = 10_000
 """Env steps between two checkpoints."""
+
+N_EVAL_ENVS = 10
+"""Environments that are evaluated together."""
+
+MAX_GIF_STEPS = 1_000
 
 
 @dataclass(frozen=True)
@@ -56,132 +54,188 @@ class SolveResult:
     env_id: str
     seed: int
     solved_at: SolvedAt | None
-    """None if the budget ended first."""
+    """None if the budget ended first, or there is no threshold."""
     mean_reward: float
     """Over the last 100 training episodes, or all if there are fewer."""
     num_timesteps: int
     seconds: float
     """Of the training, since it was last resumed."""
     output: Path
+    evaluation: Evaluation
+    """Greedy episodes after the training."""
     gif_rewards: list[float]
-    """Of the episodes in the GIF; empty if there is none."""
+    """Of the episode in the GIF; empty if there is none."""
+    reward_threshold: float | None
 
 
-def preset_arguments(preset: str, observation_space: spaces.Space) -> dict[str, Any]:
+def preset_entry(preset: str, algorithm: str, env_id: str, observation_space: spaces.Space) -> dict[str, Any]:
     """
-    :param preset: ``"default"``: the defaults of :class:`EpisodicA2C`. ``"notebook"``: the notebook's setting
-    :param observation_space: Decides the policy of the default preset
-    :return: Arguments of :class:`EpisodicA2C`, the policy among them
-    :raises ValueError: There is no preset of that name
+    :param preset: ``"tuned"``: the environment's entry in our files for RL Zoo, or their default entry. ``"default"``: the
+        defaults of the algorithm. ``"notebook"``: the notebook's setting
+    :param algorithm: Zoo id of one of our algorithms
+    :param env_id: Id of the environment
+    :param observation_space: Decides the policy where the preset leaves it open
+    :return: Hyperparameters as they stand in the Zoo's files
+    :raises ValueError: There is no such preset or algorithm
     """
     if preset not in PRESETS:
         raise ValueError(f"`preset` {preset!r} is unknown. Use one of {PRESETS}.")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"`algorithm` {algorithm!r} is unknown. Use one of {tuple(ALGORITHMS)}.")
     if preset == "notebook":
-        return notebook_preset()
-    if isinstance(observation_space, spaces.Dict):
-        return {"policy": "MultiInputPolicy"}
-    is_image = isinstance(observation_space, spaces.Box) and len(observation_space.shape) == 3
-    return {"policy": "CnnPolicy" if is_image else "MlpPolicy"}
+        if algorithm != DEFAULT_ALGORITHM:
+            raise ValueError(f"`algorithm` is {algorithm!r}, but the notebook has none of it. Use {DEFAULT_ALGORITHM!r}.")
+        return read_entry(algorithm, env_id, str(config_path("notebook")))
+    entry = read_entry(algorithm, env_id)
+    if preset == "default":
+        entry = {"policy": entry["policy"], "n_timesteps": DEFAULT_TOTAL_TIMESTEPS}
+    if entry["policy"].startswith("Mlp"):
+        # The files' default entries cannot know the environment
+        is_image = isinstance(observation_space, spaces.Box) and len(observation_space.shape) == 3
+        kind = "MultiInput" if isinstance(observation_space, spaces.Dict) else "Cnn" if is_image else "Mlp"
+        entry["policy"] = kind + entry["policy"].removeprefix("Mlp")
+    return entry
 
 
 def solve(
     env_id: str,
-    preset: str = "default",
+    preset: str = "tuned",
     seed: int = 0,
-    n_envs: int = 1,
-    total_timesteps: int = DEFAULT_TOTAL_TIMESTEPS,
+    n_envs: int | None = None,
+    total_timesteps: int | None = None,
     output: str | Path | None = None,
     reward_threshold: float | None = None,
     progress_bar: bool = True,
     fresh: bool = False,
     gif: bool = True,
+    algorithm: str = DEFAULT_ALGORITHM,
+    hyperparams: dict[str, Any] | None = None,
+    gym_packages: Sequence[str] = (),
+    n_eval_episodes: int = 100,
+    vectorization: str = "dummy",
 ) -> SolveResult:
     """
-    Train until the mean reward of 100 consecutive training episodes exceeds the threshold, or the budget ends.
+    Train until the mean reward of 100 consecutive training episodes exceeds the threshold, or the budget ends, and evaluate.
 
-    Writes to the output folder: ``model.zip``, ``learning_curve.png``, ``agent.gif``, ``result.json``, and the rewards of all
-    episodes as SB3's ``*.monitor.csv``. A run that is not finished also has checkpoints. The same call again goes on from the
-    newest one, as if it had never been stopped (environments that cannot be pickled start fresh episodes).
+    Writes to the output folder: ``model.zip``, ``config.yml``, ``learning_curve.png``, ``agent.gif``, ``result.json``, the
+    rewards of all episodes as SB3's ``*.monitor.csv``, and ``vecnormalize.pkl`` where the preset normalises. A run that is not
+    finished also has checkpoints. The same call again goes on from the newest one, as if it had never been stopped
+    (environments that cannot be pickled start fresh episodes).
 
     :param env_id: Id of the environment
-    :param preset: See :func:`preset_arguments`
+    :param preset: See :func:`preset_entry`
     :param seed: Seed of the model and the environments
-    :param n_envs: Number of parallel environments
-    :param total_timesteps: The most env steps
+    :param n_envs: Number of parallel environments; by default the preset's
+    :param total_timesteps: The most env steps; by default the preset's
     :param output: The folder to write to; by default ``runs/ENV-PRESET-seedSEED``, with a number if a run is there that is
-        finished, has another ``n_envs``, or is still running
-    :param reward_threshold: The mean reward to exceed; by default the environment's own
-    :param progress_bar: Whether to show a progress bar over episodes
+        finished, has other settings, or is still running
+    :param reward_threshold: The mean reward to exceed; by default the environment's own. Without one, the budget is trained
+    :param progress_bar: Whether to show progress bars over episodes
     :param fresh: Whether to start anew where an unfinished run could go on. An unfinished run in ``output`` is deleted
     :param gif: Whether to write ``agent.gif``. An environment that cannot be rendered is trained all the same, without it
+    :param algorithm: Zoo id of one of our algorithms
+    :param hyperparams: They win over the preset's, and are written as in RL Zoo's files
+    :param gym_packages: Modules to import that register environments
+    :param n_eval_episodes: Greedy episodes after the training
+    :param vectorization: How copies of the environment are stepped in training, see
+        :func:`sb3_episodic_a2c.tools.vectorization.make_vec_env`
     :return: What happened
     :raises ValueError: An argument is out of its range, or ``output`` holds another run
     """
-    for name, value in {"n_envs": n_envs, "total_timesteps": total_timesteps}.items():
-        if value < 1:
+    for name, value in {"n_envs": n_envs, "total_timesteps": total_timesteps, "n_eval_episodes": n_eval_episodes}.items():
+        if value is not None and value < 1:
             raise ValueError(f"`{name}` is {value}. It must be an integer >= 1.")
-    if preset == "notebook" and n_envs != 1:
-        raise ValueError(f"`n_envs` is {n_envs}, but the notebook has one environment. Use 1, or the default preset.")
     for package in ("matplotlib", "pandas"):
         # Now, not when the learning curve is drawn after the training
         importlib.import_module(package)
+    register()
+    import_packages(gym_packages)
     # Before the folder is made: an unknown environment or preset must not leave one behind
+    check_env(env_id)
+    check_vectorization(vectorization, env_id)
     probe = gym.make(env_id)
-    arguments = preset_arguments(preset, probe.observation_space)
-    check_spaces(arguments["policy"], probe.observation_space, probe.action_space, EpisodicA2C.supported_action_spaces)
-    if reward_threshold is None:
-        if probe.spec is None or probe.spec.reward_threshold is None:
-            raise ValueError(
-                f"{env_id} has no reward threshold of its own, so there is no telling when it is solved. "
-                "Give `reward_threshold` (--reward-threshold)."
-            )
+    entry = preset_entry(preset, algorithm, env_id, probe.observation_space) | (hyperparams or {})
+    if n_envs is not None:
+        entry["n_envs"] = n_envs
+    if preset == "notebook" and entry.get("n_envs", 1) != 1:
+        raise ValueError(f"`n_envs` is {entry['n_envs']}, but the notebook has one environment. Use 1, or another preset.")
+    total_timesteps = total_timesteps or int(entry["n_timesteps"])
+    algorithm_class = ALGORITHMS[algorithm]
+    if "env_wrapper" not in entry:
+        check_spaces(entry["policy"], probe.observation_space, probe.action_space, algorithm_class.supported_action_spaces)
+    if reward_threshold is None and probe.spec is not None:
         reward_threshold = probe.spec.reward_threshold
     probe.close()
     if gif and (reason := reason_against_pictures(env_id)) is not None:
         print(f"There will be no GIF of {env_id}: {reason}")
         gif = False
-    # A run only goes on with the same of these. The budget and the threshold may change
-    settings = {"env_id": env_id, "preset": preset, "seed": seed, "n_envs": n_envs}
-    folder, lock = _open_folder(settings, output, fresh)
+    settings = _settings(env_id, algorithm, preset, seed, entry, gym_packages, vectorization)
+    folder, lock = open_folder(settings, output, fresh)
+    manager = entry_manager(algorithm, env_id, entry, folder, seed, vectorization=vectorization)
 
     def make_env(first_index: int) -> VecEnv:
-        return make_vec_env(without_images(env_id), n_envs, seed, first_index, monitor_dir=str(folder))
+        manager.first_index = first_index
+        return manager.create_envs(manager.n_envs)
 
     # Unlocks the folder whatever happens
     with lock:
-        device = "auto" if arguments["policy"] == "CnnPolicy" else "cpu"
-        model = _resume(folder, make_env, device)
-        solved = StopTrainingOnSolved(reward_threshold)
+        device = "auto" if entry["policy"].startswith("Cnn") else "cpu"
+        model = resume_run(folder, make_env, device)
+        # No mean reward exceeds infinity
+        solved = StopTrainingOnSolved(np.inf if reward_threshold is None else reward_threshold)
         if model is None:
-            model = EpisodicA2C(env=make_env(0), seed=seed, device=device, **arguments)
+            model = algorithm_class(env=make_env(0), seed=seed, device=device, **manager.arguments)
         else:
             print(f"Going on with {folder}, after {model.num_timesteps:,} env steps.")
             solved.resume(model)
         assert model.env is not None
-        progress = EpisodeProgressCallback(desc=env_id, disable=not progress_bar, initial=model._episode_num)
-        checkpoints = ResumableCheckpointCallback(folder / CHECKPOINTS, SAVE_FREQ)
         start = time.perf_counter()
         try:
-            if solved.solved_at is None and model.num_timesteps < total_timesteps:
-                model.learn(
-                    total_timesteps - model.num_timesteps,
-                    # The bar first, so that it still shows the last episode
-                    callback=CallbackList([progress, solved, checkpoints]),
-                    reset_num_timesteps=False,
-                )
-        finally:
-            # Also after Ctrl-C, so that what was learnt is kept
-            model.save(folder / "model.zip")
-            model.env.close()
-        seconds = time.perf_counter() - start
+            try:
+                if solved.solved_at is None and model.num_timesteps < total_timesteps:
+                    progress = EpisodeProgressCallback(desc=env_id, disable=not progress_bar, initial=model._episode_num)
+                    checkpoints = ResumableCheckpointCallback(folder / CHECKPOINTS, SAVE_FREQ)
+                    model.learn(
+                        total_timesteps - model.num_timesteps,
+                        # The bar first, so that it still shows the last episode
+                        callback=CallbackList([progress, solved, *manager.callbacks, checkpoints]),
+                        reset_num_timesteps=False,
+                    )
+            finally:
+                # Also after Ctrl-C, so that what was learnt is kept
+                _save(model, entry, folder)
+                model.env.close()
+            seconds = time.perf_counter() - start
+            run = Run(folder, settings, entry)
+            evaluation = _evaluate(run, model, n_eval_episodes, progress_bar)
+        except (KeyboardInterrupt, SystemExit):
+            print(_stopped(folder, model.num_timesteps, total_timesteps, solved.mean_reward), file=sys.stderr)
+            raise
 
         curve, agent = folder / "learning_curve.png", folder / "agent.gif"
-        _write_picture(curve, lambda: plot_learning_curve(folder, env_id, reward_threshold, solved.solved_at))
+        _write_picture(
+            curve,
+            lambda: plot_learning_curve(
+                folder,
+                env_id,
+                reward_threshold,
+                solved.solved_at,
+                evaluation=evaluation,
+                num_timesteps=model.num_timesteps,
+            ),
+        )
         gif_rewards: list[float] = []
         if gif:
-            gif_rewards = _write_picture(agent, lambda: record_gif(model, env_id, agent, seed=seed, max_steps=1_000)) or []
+            seed_shown = evaluation.seed + evaluation.typical
+            gif_rewards = (
+                _write_picture(agent, lambda: record_episodes(run, model, agent, seed=seed_shown, max_steps=MAX_GIF_STEPS))
+                or []
+            )
         result = SolveResult(
-            env_id, seed, solved.solved_at, solved.mean_reward, model.num_timesteps, seconds, folder, gif_rewards
+            *(env_id, seed, solved.solved_at, solved.mean_reward, model.num_timesteps, seconds, folder),
+            evaluation=evaluation,
+            gif_rewards=gif_rewards,
+            reward_threshold=reward_threshold,
         )
         record = {
             **settings,
@@ -192,151 +246,64 @@ def solve(
             "mean_reward": None if np.isnan(result.mean_reward) else result.mean_reward,
             "num_timesteps": result.num_timesteps,
             "seconds": seconds,
+            "evaluation": evaluation.as_dict(),
             "gif_rewards": gif_rewards,
+            "versions": versions(),
         }
-        with atomic_write(folder / "result.json") as file:
+        with atomic_write(folder / RESULT) as file:
             file.write((json.dumps(record, indent=2) + "\n").encode())
-        # The run is finished, and must not go on from a checkpoint. Renaming does that at once: a kill may come while the
-        # files are removed
-        os.replace(folder / CHECKPOINTS, folder / REMOVED)
-        shutil.rmtree(folder / REMOVED, ignore_errors=True)
+        finish(folder)
         return result
 
 
-# ---------------------------------------------------------------------- runs that were stopped
-
-
-def _open_folder(settings: dict[str, Any], output: str | Path | None, fresh: bool) -> tuple[Path, IO[str]]:
-    """
-    Choose the output folder, a new one or that of an unfinished run of the same settings.
-
-    :return: The folder, and a file that locks it for other processes until it is closed or this process ends
-    :raises ValueError: ``output`` cannot be used
-    """
-    if output is not None:
-        return Path(output), _claim(Path(output), settings, fresh)
-    name = "{env_id}-{preset}-seed{seed}".format(**settings).replace("/", "-")
-    for number in itertools.count(1):
-        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        if not (fresh and folder.exists()):
-            with contextlib.suppress(ValueError):
-                return folder, _claim(folder, settings, fresh)
-    raise AssertionError("there is always another number")
-
-
-def _claim(folder: Path, settings: dict[str, Any], fresh: bool) -> IO[str]:
-    """See :func:`_open_folder`. A run is unfinished as long as the file with its lock exists."""
-    # A run that was killed at its very end has left this
-    shutil.rmtree(folder / REMOVED, ignore_errors=True)
-    lock = _lock(folder, fresh)
-    try:
-        lock.seek(0)
-        started_with = json.loads(lock.read() or "{}")
-        if not started_with:
-            # Checked again under the lock, as another process may have changed the folder before
-            _check_unused(folder, fresh)
-        elif not fresh and started_with != settings:
-            raise ValueError(
-                f"`output` {folder} holds an unfinished run with {started_with}, which cannot go on with {settings}. "
-                "Give another folder, or start anew with `fresh` (--fresh), which deletes that run."
-            )
-        if fresh:
-            for path in _files_of_training(folder):
-                path.unlink()
-        if fresh or not started_with:
-            lock.truncate(0)
-            json.dump(settings, lock)
-            lock.flush()
-    except BaseException:
-        lock.close()
-        raise
-    return lock
-
-
-def _lock(folder: Path, fresh: bool) -> IO[str]:
-    """
-    :return: The file with the settings of the folder's unfinished run, locked; a new, empty one if there is no such run
-    :raises ValueError: Another process has locked it, or the folder holds other files
-    """
-    path = folder / CHECKPOINTS / "settings.json"
-    while True:
-        if not path.exists():
-            _check_unused(folder, fresh)
-            path.parent.mkdir(parents=True, exist_ok=True)
-        # If the file is missing from here on, its run has just finished and removed it: look again
-        with contextlib.ExitStack() as stack, contextlib.suppress(FileNotFoundError):
-            lock = stack.enter_context(open(path, "a+"))
-            try:
-                if fcntl is not None:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(f"`output` {folder} belongs to a run that is not over yet. Give another folder.") from error
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
-                stack.pop_all()
-                return lock
-
-
-def _check_unused(folder: Path, fresh: bool) -> None:
-    """
-    Check a folder without an unfinished run.
-
-    :raises ValueError: A new run would overwrite something in it
-    """
-    if (folder / "model.zip").exists():
-        raise ValueError(f"`output` {folder} holds a model already, which would be lost. Give another folder.")
-    paths = _files_of_training(folder)
-    if paths and not fresh:
-        raise ValueError(
-            f"`output` {folder} holds files of another training, e.g. {paths[0].relative_to(folder)}. Give another folder, or "
-            "`fresh` (--fresh), which deletes them."
-        )
-
-
-def _files_of_training(folder: Path) -> list[Path]:
-    return [*(folder / CHECKPOINTS).glob("*.zip"), *folder.glob("*.monitor.csv")]
-
-
-def _resume(folder: Path, make_env: Callable[[int], VecEnv], device: str) -> EpisodicA2C | None:
-    """
-    :param make_env: Makes the environments if the checkpoint does not hold them, given the number of their first log
-    :return: The model of an unfinished run as it was at its newest checkpoint; None if there is no checkpoint yet
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* holds no environments")
-        model = resume(folder / CHECKPOINTS, device=device)
-    if model is not None and model.env is None:
-        n_logs = _cut_logs(folder, model._episode_num)
-        model = resume(folder / CHECKPOINTS, make_env(n_logs), device=device)
-    return model
-
-
-def _cut_logs(folder: Path, n_episodes: int) -> int:
-    """
-    Keep only the first episodes in the ``*.monitor.csv``: the episodes after the checkpoint will be played again, differently.
-
-    :return: Number of logs
-    """
-    logs = {Path(name): _read_log(Path(name)) for name in get_monitor_files(str(folder))}
-    # When each episode ended: the start of the log plus the last of "r,l,t"
-    times = {
-        path: [json.loads(header[1:])["t_start"] + float(row.split(",")[2]) for row in rows]
-        for path, (header, _, *rows) in logs.items()
+def _settings(
+    env_id: str,
+    algorithm: str,
+    preset: str,
+    seed: int,
+    entry: dict[str, Any],
+    gym_packages: Sequence[str],
+    vectorization: str,
+) -> dict[str, Any]:
+    """A run only goes on with the same of these. The budget and the threshold may change."""
+    settings = {
+        "env_id": env_id,
+        "algorithm": algorithm,
+        "preset": preset,
+        "seed": seed,
+        "hyperparams": {name: value for name, value in entry.items() if name != "n_timesteps"},
+        "gym_packages": list(gym_packages),
+        "vectorization": vectorization,
     }
-    last_times = sorted(time for log_times in times.values() for time in log_times)[:n_episodes][-1:]
-    for path, lines in logs.items():
-        n_kept = sum(time <= last_time for last_time in last_times for time in times[path])
-        with atomic_write(path) as file:
-            file.write("".join(lines[: 2 + n_kept]).encode())
-    return len(logs)
+    # As a file returns it. Hyperparameters can be any object, e.g. a class
+    return json.loads(json.dumps(settings, default=str))
 
 
-def _read_log(path: Path) -> list[str]:
-    """The lines of a ``*.monitor.csv``, first the two of its head, without lines that a crash has cut short."""
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    if len(lines) < 2:
-        # Not even the head is whole, so there is no episode
-        return [f'#{{"t_start": {time.time()}}}\n', "r,l,t\n"]
-    return lines[:2] + [row for row in lines[2:] if row.count(",") >= 2]
+def _save(model: EpisodicA2C, entry: dict[str, Any], folder: Path) -> None:
+    model.save(folder / MODEL)
+    if (vec_normalize := model.get_vec_normalize_env()) is not None:
+        vec_normalize.save(str(folder / STATISTICS))
+    with atomic_write(folder / CONFIG) as file:
+        file.write(yaml.dump(entry).encode())
+
+
+def _evaluate(run: Run, model: EpisodicA2C, n_episodes: int, progress_bar: bool) -> Evaluation:
+    from tqdm import tqdm
+
+    env = run.make_env(min(N_EVAL_ENVS, n_episodes))
+    try:
+        with tqdm(total=n_episodes, desc="Evaluation", unit="episode", disable=not progress_bar) as bar:
+            return evaluate(model, env, n_episodes, evaluation_seed(run.seed, n_episodes), on_episode=bar.update)
+    finally:
+        env.close()
+
+
+def _stopped(folder: Path, num_timesteps: int, total_timesteps: int, mean_reward: float) -> str:
+    return (
+        f"Stopped after {num_timesteps:,} of {total_timesteps:,} env steps: mean reward {mean_reward:.1f} over the last 100 "
+        f"training episodes.\n{folder}/ holds {MODEL}, the agent as it is now, and {CHECKPOINTS}/.\n"
+        "The same command again goes on from the newest checkpoint; with --fresh it starts anew."
+    )
 
 
 # ---------------------------------------------------------------------- what is written
@@ -353,7 +320,13 @@ def _write_picture(path: Path, write: Callable[[], Any]) -> Any:
 
 
 def plot_learning_curve(
-    folder: str | Path, title: str, reward_threshold: float | None = None, solved_at: SolvedAt | None = None, window: int = 100
+    folder: str | Path,
+    title: str,
+    reward_threshold: float | None = None,
+    solved_at: SolvedAt | None = None,
+    window: int = 100,
+    evaluation: Evaluation | None = None,
+    num_timesteps: int = 0,
 ) -> Path:
     """
     Plot the rewards of all training episodes and their running mean over env steps, from SB3's ``*.monitor.csv``.
@@ -363,6 +336,8 @@ def plot_learning_curve(
     :param reward_threshold: Drawn as a line if given
     :param solved_at: Marked if given
     :param window: Number of episodes of the running mean
+    :param evaluation: Its mean and standard deviation are marked if given
+    :param num_timesteps: Env steps after which it took place
     :return: Path of the PNG
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -390,6 +365,16 @@ def plot_learning_curve(
     if solved_at is not None:
         label = f"episode {solved_at.n_episodes}, step {solved_at.num_timesteps:,}"
         axes.axvline(solved_at.num_timesteps, color="#009E73", linestyle=":", label=label)
+    if evaluation is not None:
+        axes.errorbar(
+            num_timesteps,
+            evaluation.mean_reward,
+            evaluation.std_reward,
+            fmt="D",
+            color="#000000",
+            capsize=4,
+            label=f"evaluation: {evaluation}",
+        )
     axes.set(title=title, xlabel="env steps", ylabel="episode reward")
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
@@ -398,15 +383,71 @@ def plot_learning_curve(
     return path
 
 
+def summary(result: SolveResult) -> str:
+    """:return: What the command prints at its end"""
+    mean_reward = f"mean reward {result.mean_reward:.1f} over the last 100 training episodes"
+    if result.solved_at is not None:
+        lines = [
+            f"Solved {result.env_id} at episode {result.solved_at.n_episodes}: {result.solved_at.num_timesteps:,} env steps "
+            f"in {result.seconds:.1f} s, {mean_reward}."
+        ]
+    elif result.reward_threshold is None:
+        lines = [f"Trained {result.env_id} for {result.num_timesteps:,} env steps in {result.seconds:.1f} s: {mean_reward}."]
+    else:
+        lines = [
+            f"Not solved in training within {result.num_timesteps:,} env steps ({result.seconds:.1f} s): {mean_reward}. "
+            "Try another --seed, or more --total-timesteps."
+        ]
+    evaluation = result.evaluation
+    compared = ""
+    if result.reward_threshold is not None:
+        side = "above" if evaluation.mean_reward > result.reward_threshold else "not above"
+        compared = f", {side} the threshold {result.reward_threshold:g}"
+    lines.append(f"Evaluation: mean reward {evaluation} over {len(evaluation.rewards)} greedy episodes{compared}.")
+    if result.gif_rewards:
+        lines.append(f"The GIF shows a typical one of them: reward {evaluation.rewards[evaluation.typical]:g}.")
+    names = [MODEL, STATISTICS, "learning_curve.png", "agent.gif"]
+    files = ", ".join(name for name in names if (result.output / name).exists())
+    lines += [f"Wrote {files} and {RESULT} to {result.output}/", "To play the agent:"]
+    lines += [f"    {line}" for line in Run.read(result.output).snippet().splitlines()]
+    return "\n".join(lines)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--env", required=True, help="id of the environment, e.g. CartPole-v1")
-    parser.add_argument("--preset", choices=PRESETS, default="default", help="setting of the algorithm (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the model and the environments (default: %(default)s)")
-    parser.add_argument("--n-envs", type=int, default=1, help="parallel environments (default: %(default)s)")
     parser.add_argument(
-        "--total-timesteps", type=int, default=DEFAULT_TOTAL_TIMESTEPS, help="the most env steps (default: %(default)s)"
+        "--algo",
+        choices=list(ALGORITHMS),
+        default=DEFAULT_ALGORITHM,
+        help="RL Zoo's id of the algorithm (default: %(default)s)",
     )
-    parser.add_argument("--reward-threshold", type=float, help="mean reward to exceed (default: the environment's own)")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="tuned",
+        help="tuned: the environment's entry in zoo_configs/, or the one for all others; default: the defaults of the class; "
+        "notebook: the setting of the notebook (default: %(default)s)",
+    )
+    parser.add_argument(
+        *("-params", "--hyperparams"),
+        nargs="+",
+        action=store_dict_action(),
+        metavar="NAME:VALUE",
+        help='hyperparameters that win over the preset\'s, as in RL Zoo, e.g. learning_rate:0.01 policy_kwargs:"dict(...)"',
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the model and the environments (default: %(default)s)")
+    parser.add_argument("--n-envs", type=int, help="parallel environments (default: the preset's)")
+    parser.add_argument("--vectorization", choices=VECTORIZATIONS, default="dummy", help=VECTORIZATION_HELP)
+    parser.add_argument("--total-timesteps", type=int, help="the most env steps (default: the preset's)")
+    parser.add_argument(
+        "--reward-threshold",
+        type=float,
+        help="mean reward to exceed (default: the environment's own; without one, the whole budget is trained)",
+    )
+    parser.add_argument(
+        "--eval-episodes", type=int, default=100, help="greedy episodes after the training (default: %(default)s)"
+    )
+    parser.add_argument("--gym-packages", nargs="+", default=[], help="modules to import that register environments")
     parser.add_argument("--output", type=Path, help="folder to write to (default: runs/ENV-PRESET-seedSEED)")
     parser.add_argument("--fresh", action="store_true", help="start anew where an unfinished run could go on")
     parser.add_argument("--no-gif", action="store_true", help="write no GIF of the agent")
@@ -427,19 +468,10 @@ def run(arguments: argparse.Namespace) -> None:
         progress_bar=not arguments.no_progress,
         fresh=arguments.fresh,
         gif=not arguments.no_gif,
+        algorithm=arguments.algo,
+        hyperparams=arguments.hyperparams,
+        gym_packages=arguments.gym_packages,
+        n_eval_episodes=arguments.eval_episodes,
+        vectorization=arguments.vectorization,
     )
-    if result.solved_at is not None:
-        print(
-            f"Solved {result.env_id} at episode {result.solved_at.n_episodes}: {result.solved_at.num_timesteps:,} env steps "
-            f"in {result.seconds:.1f} s, mean reward {result.mean_reward:.1f} over the last 100 episodes."
-        )
-    else:
-        print(
-            f"Not solved within {result.num_timesteps:,} env steps ({result.seconds:.1f} s): mean reward "
-            f"{result.mean_reward:.1f} over the last 100 episodes. Try another --seed, or more --total-timesteps."
-        )
-    if result.gif_rewards:
-        print(f"The greedy agent's episode in the GIF: reward {', '.join(f'{reward:g}' for reward in result.gif_rewards)}.")
-    names = ["model.zip", "learning_curve.png", "agent.gif"]
-    files = ", ".join(name for name in names if (result.output / name).exists())
-    print(f"Wrote {files} and result.json to {result.output}/")
+    print(summary(result))

@@ -50,9 +50,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gymnasium as gym
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
@@ -61,6 +63,7 @@ import sb3_episodic_a2c
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C
 from sb3_episodic_a2c.returns import STANDARDIZATIONS
 from sb3_episodic_a2c.selection import PARTIAL_EPISODES
+from sb3_episodic_a2c.tools.vectorization import make_vec_env
 
 if TYPE_CHECKING:
     import optuna
@@ -78,6 +81,9 @@ LOG_FOLDER = "logs"
 """Where the Zoo's ``train`` writes by default."""
 
 NET_ARCHS: dict[str, list[int]] = {"tiny": [64], "small": [64, 64], "medium": [128, 128], "big": [256, 256]}
+
+OUR_SCHEDULES = ("ent_coef", "value_learning_rate")
+"""Arguments of our algorithms that may be schedules, besides those that the Zoo knows."""
 
 ACTIVATION_FNS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
@@ -140,6 +146,13 @@ def experiment_manager_class() -> type[Any]:
     return fix_experiment_manager(ExperimentManager)
 
 
+def store_dict_action() -> type[argparse.Action]:
+    """:return: What parses the Zoo's ``-params NAME:VALUE ...``"""
+    from rl_zoo3.utils import StoreDict
+
+    return StoreDict
+
+
 def evaluate_kwargs(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
     """
     :param kwargs: Keyword arguments as a config has them, maybe as Python code in a string
@@ -195,6 +208,9 @@ def _suggest(trial: "optuna.Trial", n_actions: int, n_envs: int) -> dict[str, An
         "max_grad_norm": trial.suggest_categorical("max_grad_norm", [None, 1.0, 10.0, 100.0]),
         "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS)),
         "activation_fn": trial.suggest_categorical("activation_fn", list(ACTIVATION_FNS)),
+        "gae_lambda": trial.suggest_categorical("gae_lambda", [0.9, 0.95, 0.98, 1.0]),
+        "n_value_epochs": trial.suggest_categorical("n_value_epochs", [0, 4, 10]),
+        "value_learning_rate": trial.suggest_float("value_learning_rate", 1e-4, 1e-2, log=True),
     }
     if n_envs > 1:
         sampled_params["partial_episodes"] = trial.suggest_categorical("partial_episodes", list(PARTIAL_EPISODES))
@@ -219,8 +235,13 @@ def convert_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         params["learning_rate"] = f"lin_{params['learning_rate']}"
     params["gamma"] = 1 - params.pop("one_minus_gamma")
     params["n_episodes"] = 2 ** params.pop("n_episodes_pow")
-    # A value at a time limit needs a critic that has units
+    # A value at a time limit, and one in an advantage, needs a critic that has units
     params["handle_timeout_termination"] = STANDARDIZATIONS[params["standardize_returns"]].has_units
+    if not params["handle_timeout_termination"]:
+        params.pop("gae_lambda", None)
+    # Studies of older versions have none
+    if not params.get("n_value_epochs"):
+        params.pop("value_learning_rate", None)
     net_arch = NET_ARCHS[params.pop("net_arch")]
     policy_kwargs = {
         "net_arch": {"pi": list(net_arch), "vf": list(net_arch)},
@@ -256,6 +277,10 @@ def launch(command: str, arguments: list[str]) -> None:
         # Upstream lists the videos in a file. ffmpeg looks for them relative to that file, so a relative folder finds none
         output_folder = _given(arguments, "-o", "--output-folder")
         arguments = [*arguments, "--output-folder", os.path.abspath(output_folder)] if output_folder else arguments
+    vectorization = _given(arguments, "--vec-env") if command == "train" else None
+    if vectorization in ("gymnasium", "envpool"):
+        # The Zoo's parser does not know them
+        arguments = _without(arguments, "--vec-env")
     with contextlib.ExitStack() as stack:
         argv = [f"python -m sb3_episodic_a2c {command}", *_default_arguments(command, arguments), *arguments]
         stack.enter_context(_replaced(sys, "argv", argv))
@@ -264,7 +289,10 @@ def launch(command: str, arguments: list[str]) -> None:
         elif command in ("train", "enjoy"):
             module = importlib.import_module(f"rl_zoo3.{command}")
             if command == "train":
-                stack.enter_context(_replaced(module, "ExperimentManager", fix_experiment_manager(module.ExperimentManager)))
+                manager_class = fix_experiment_manager(module.ExperimentManager)
+                if vectorization in ("gymnasium", "envpool"):
+                    manager_class.vectorization = vectorization
+                stack.enter_context(_replaced(module, "ExperimentManager", manager_class))
             getattr(module, command)()
         else:
             stack.enter_context(_replaced(subprocess, "call", _call_our_launcher))
@@ -297,19 +325,33 @@ def _default_arguments(command: str, arguments: list[str]) -> list[str]:
 
 def _given(arguments: list[str], *names: str) -> str | None:
     """The user's value of one of the Zoo's options. The Zoo parses it again."""
+    return _option(*names).parse_known_args(arguments)[0].value
+
+
+def _without(arguments: list[str], *names: str) -> list[str]:
+    """The user's arguments but for one of the Zoo's options."""
+    return _option(*names).parse_known_args(arguments)[1]
+
+
+def _option(*names: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(*names, dest="value")
-    return parser.parse_known_args(arguments)[0].value
+    return parser
 
 
 def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
     """
     :param experiment_manager: ``rl_zoo3.exp_manager.ExperimentManager``
-    :return: A subclass that works around two upstream bugs
+    :return: A subclass that works around two upstream bugs, makes schedules of ``ent_coef: lin_0.01``, and training
+        environments by our ``make_vec_env``
     """
 
     class ExperimentManager(experiment_manager):
         custom_hyperparams: dict[str, Any] | None
+        vectorization = "dummy"
+        """Of the training environments. ``"dummy"`` leaves the choice to the Zoo."""
+        first_index = 0
+        """Number of the first training environment, and of its log."""
 
         def create_log_folder(self) -> None:
             # Upstream makes a run folder with a Monitor file for a hyperparameter search, which never uses it. `enjoy` then
@@ -318,7 +360,18 @@ def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
                 super().create_log_folder()
 
         def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> Any:
-            return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
+            # The Zoo knows two classes, and always counts from 0
+            vectorization, start_index = ("dummy", 0) if eval_env else (self.vectorization, self.first_index)
+            make = partial(make_vec_env, self.env_name.gym_id, vectorization=vectorization, start_index=start_index)
+            try:
+                with _replaced(importlib.import_module("rl_zoo3.exp_manager"), "make_vec_env", make):
+                    return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
+            except TypeError:
+                if self.algo in ALGORITHMS:
+                    # SB3's vector environments fail on a space that they do not know; our constructor names it
+                    env = gym.make(self.env_name.gym_id, **self.env_kwargs)
+                    ALGORITHMS[self.algo]("MlpPolicy", self.env_wrapper(env) if self.env_wrapper else env)
+                raise
 
         def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
             # Upstream tests `if self.trial_id`, so that `--trial-id 0` is ignored
@@ -326,6 +379,15 @@ def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
                 trial_params = self.load_trial(self.storage, self.study_name, 0)
                 self.custom_hyperparams = {**trial_params, **(self.custom_hyperparams or {})}
             return super().read_hyperparameters()
+
+        @staticmethod
+        def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
+            # Upstream knows no schedules of these
+            for name in OUR_SCHEDULES:
+                kind, _, initial_value = str(hyperparams.get(name)).partition("_")
+                if kind == "lin":
+                    hyperparams[name] = LinearSchedule(float(initial_value), 0.0, 1.0)
+            return experiment_manager._preprocess_schedules(hyperparams)
 
     return ExperimentManager
 

@@ -6,11 +6,13 @@ Each leaves an ordinary run folder of the Zoo: `enjoy --algo a2c -f comparison -
 `all_plots -f comparison` works.
 
 What you get in the output folder
-  report.md      Also printed. For each environment and over all of them: IQM with 95% stratified bootstrap
-                 intervals, mean and standard deviation of the final evaluation and of the area under the
-                 evaluation curve; the probability that the first algorithm is better; env steps and wall time
-                 until the reward threshold, env steps until the evaluations stayed there; env steps/s. Then
-                 failed trainings with their errors, hyperparameters, versions, and what is fair and what is not
+  report.md      Also printed. First one line an environment: by how much the first algorithm is better, with
+                 its interval, and how long each trained. Then for each environment and over all of them: IQM
+                 with 95% stratified bootstrap intervals, mean and standard deviation of the final evaluation
+                 and of the area under the evaluation curve; the probability that the first algorithm is better;
+                 env steps and wall time until the reward threshold, env steps until the evaluations stayed
+                 there; env steps/s. Then failed trainings with their errors, hyperparameters, versions, and what
+                 is fair and what is not
   results.csv    One row for each training and evaluation
   results.json   Everything in the report
   *.png, *.svg   Learning curves over env steps and over wall time, IQMs with intervals, performance profiles
@@ -25,8 +27,8 @@ Kept work
 Backends
   --jobs N trains in N processes of this machine (joblib's loky), --backend sequential in this process.
   --backend dask --scheduler tcp://HOST:8786 and --backend ray --scheduler HOST:6379 train on a cluster that can
-  import this package and shares the output folder (pip install distributed, or ray). The results are identical
-  bit for bit, except for the times.
+  import this package and shares the output folder (extras dask and ray). The results are identical bit for bit,
+  except for the times.
 
 Fairness: the same for all algorithms
   Budget         To the step: no algorithm overshoots it by a rollout. The default is the smallest in their files
@@ -77,6 +79,7 @@ def compare(
     retrain: bool = False,
     device: str = "cpu",
     gym_packages: Sequence[str] = (),
+    vectorization: str = "dummy",
     progress_bar: bool = False,
     console: "Console | None" = None,
 ) -> "pd.DataFrame":
@@ -105,6 +108,8 @@ def compare(
         they are an error
     :param device: Device (cpu, cuda, ...) of the models
     :param gym_packages: Modules to import that register environments
+    :param vectorization: How copies of an environment are stepped in training, see
+        :func:`sb3_episodic_a2c.tools.vectorization.make_vec_env`
     :param progress_bar: Whether to show a progress bar over cells
     :param console: Where to print the tables; None: nowhere
     :return: One row for each cell and evaluation, see :func:`sb3_episodic_a2c.tools.comparison.frame.results_frame`. A cell
@@ -130,6 +135,7 @@ def compare(
         output=output,
         device=device,
         gym_packages=gym_packages,
+        vectorization=vectorization,
     )
     try:
         errors = run_cells(cells, jobs=jobs, backend=backend, scheduler=scheduler, retrain=retrain, progress_bar=progress_bar)

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import joblib
 from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
@@ -12,12 +13,13 @@ from sb3_episodic_a2c.tools.comparison.cells import UNFINISHED_FOLDER, Cell, is_
 from sb3_episodic_a2c.tools.comparison.grid import check_positive
 from sb3_episodic_a2c.tools.comparison.progress import CellProgress
 from sb3_episodic_a2c.tools.comparison.training import train_cell
+from sb3_episodic_a2c.tools.extras import install
 
 BACKENDS = ("loky", "sequential", "dask", "ray")
 """Processes of this machine (joblib's loky), this process, a Dask or a Ray cluster."""
 
 BACKEND_PACKAGES = {"dask": "distributed", "ray": "ray"}
-"""Cluster backend: the package that it needs beside the extra ``compare``."""
+"""Cluster backend: the package that it needs, which the extra of the backend's name brings."""
 
 
 def run_cells(
@@ -62,9 +64,7 @@ def run_cells(
 def _check_installed(backend: str) -> None:
     package = BACKEND_PACKAGES.get(backend)
     if package is not None and importlib.util.find_spec(package) is None:
-        raise ValueError(
-            f"`backend` {backend!r} needs a package that is not installed. Install it with: pip install {package}"
-        )
+        raise ValueError(f"`backend` {backend!r} needs a package that is not installed. Install it with: {install(backend)}")
 
 
 def _run(
@@ -136,10 +136,11 @@ def _cluster(backend: str, jobs: int, scheduler: str | None) -> Iterator[None]:
             from distributed import Client, LocalCluster
 
             if scheduler is None:
-                scheduler = stack.enter_context(
-                    LocalCluster(n_workers=jobs, threads_per_worker=1, processes=True, dashboard_address=None)
-                )
-            stack.enter_context(Client(scheduler))
+                cluster = LocalCluster(n_workers=jobs, threads_per_worker=1, processes=True, dashboard_address=None)
+                stack.callback(_close, cluster)
+                scheduler = cluster.scheduler_address
+            client = Client(scheduler)
+            stack.callback(_close, client)
         elif backend == "ray":
             import ray
             from ray.util.joblib import register_ray
@@ -150,3 +151,9 @@ def _cluster(backend: str, jobs: int, scheduler: str | None) -> Iterator[None]:
             register_ray()
         stack.enter_context(joblib.parallel_config(backend))
         yield
+
+
+def _close(client_or_cluster: Any) -> None:
+    # A worker that does not end in time is no reason to lose the report: the cells are on the disk
+    with contextlib.suppress(Exception):
+        client_or_cluster.close()

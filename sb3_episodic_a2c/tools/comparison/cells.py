@@ -6,11 +6,9 @@ A finished cell is kept: its run folder stands for the training as long as the s
 
 import functools
 import hashlib
-import importlib
 import json
 import math
 import os
-import platform
 import shutil
 import socket
 import zipfile
@@ -24,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import sb3_episodic_a2c
+from sb3_episodic_a2c.tools.entries import evaluation_env_kwargs, evaluation_seed
 
 CELL_FILE = "cell.json"
 """The settings and what was measured, beside the files of the Zoo. A run folder that has it is complete."""
@@ -36,14 +35,6 @@ GRID_MULTIPLES = (960, 240)
 Evaluations are at multiples of the first of these that fits between two of them. 1 to 6, 8, 10, 12, 15, 16, 20, 24 and 30
 environments reach every multiple exactly; 32 and 64 reach those of the larger one.
 """
-
-EVAL_SEED = 1_000_000
-"""The first evaluation episode of a training with seed 0 starts from it: far above the seeds of training episodes."""
-
-TRAINING_ONLY = ("max_episode_steps",)
-"""Entries of ``env_kwargs`` that an algorithm may train with, while all algorithms are evaluated without them."""
-
-PACKAGES = ("sb3_episodic_a2c", "stable_baselines3", "sb3_contrib", "rl_zoo3", "gymnasium", "torch", "numpy")
 
 
 def evaluation_grid(total_timesteps: int, n_evaluations: int) -> list[int]:
@@ -82,6 +73,8 @@ class Cell:
     gym_packages: tuple[str, ...] = ()
     """Modules that register environments."""
     device: str = "cpu"
+    vectorization: str = "dummy"
+    """Of the training environments, see :func:`sb3_episodic_a2c.tools.vectorization.make_vec_env`."""
 
     def __str__(self) -> str:
         return f"{self.label} on {self.env_id}, seed {self.seed}"
@@ -118,14 +111,12 @@ class Cell:
     @property
     def eval_seed(self) -> int:
         """Environment seed of the first evaluation episode; the next seeds follow. Two trainings share none."""
-        # NumPy's seeds have 32 bits
-        return (EVAL_SEED + self.seed * self.eval_episodes) % (2**32 - self.eval_episodes)
+        return evaluation_seed(self.seed, self.eval_episodes)
 
     @property
     def eval_env_kwargs(self) -> dict[str, Any]:
         """The arguments that the environment is made with for evaluations."""
-        env_kwargs = self.hyperparams.get("env_kwargs") or {}
-        return {name: value for name, value in env_kwargs.items() if name not in TRAINING_ONLY}
+        return evaluation_env_kwargs(self.env_id, self.hyperparams)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -142,6 +133,9 @@ class Cell:
             "eval_seed": self.eval_seed,
             "device": self.device,
         }
+        if self.vectorization != "dummy":
+            # Left out otherwise, as finished cells of older versions have no such entry
+            settings["vectorization"] = self.vectorization
         # Hyperparameters from a .py config can be any object, e.g. a class
         return json.loads(json.dumps(settings, default=str, sort_keys=True))
 
@@ -294,9 +288,3 @@ def code_hash() -> str:
     for path in sorted(package.rglob("*.py")):
         code.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return code.hexdigest()[:12]
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide the results."""
-    modules = {name: importlib.import_module(name) for name in PACKAGES}
-    return {**{name: str(module.__version__) for name, module in modules.items()}, "python": platform.python_version()}

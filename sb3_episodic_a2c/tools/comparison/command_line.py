@@ -10,13 +10,15 @@ from sb3_episodic_a2c.tools import comparison
 from sb3_episodic_a2c.tools.comparison.backends import BACKENDS
 from sb3_episodic_a2c.tools.comparison.grid import DEFAULT_EVALUATIONS, DEFAULT_OUTPUT, DEFAULT_SEEDS
 from sb3_episodic_a2c.tools.comparison.hyperparams import MATCHED, zoo_id
+from sb3_episodic_a2c.tools.vectorization import HELP as VECTORIZATION_HELP
+from sb3_episodic_a2c.tools.vectorization import VECTORIZATIONS
 from sb3_episodic_a2c.tools.zoo import DEFAULT_ALGORITHM
 from sb3_episodic_a2c.tools.zoo import algorithms as zoo_algorithms
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # What is compared and what is fair is explained in one place
-    parser.epilog = comparison.__doc__
+    parser.epilog = f"{parser.epilog}\n{comparison.__doc__}"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--env", nargs="+", required=True, help="ids of environments")
     parser.add_argument(
@@ -63,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write to (default: %(default)s)")
     parser.add_argument("--retrain", action="store_true", help="train again cells that are there with other settings")
     parser.add_argument("--device", default="cpu", help="device of the models (default: %(default)s)")
+    parser.add_argument("--vectorization", choices=VECTORIZATIONS, default="dummy", help=VECTORIZATION_HELP)
     parser.add_argument("--gym-packages", nargs="+", default=[], help="modules to import that register environments")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
@@ -87,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         retrain=arguments.retrain,
         device=arguments.device,
         gym_packages=arguments.gym_packages,
+        vectorization=arguments.vectorization,
         progress_bar=not arguments.no_progress,
         # A file or a pipe has no edge: wide enough for whole tables
         console=Console(width=None if sys.stdout.isatty() else 200),

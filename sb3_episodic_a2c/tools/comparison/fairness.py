@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import pandas as pd
 
 from sb3_episodic_a2c.tools.comparison.cells import (
-    EVAL_SEED,
     Cell,
     CellResult,
     finished_results,
@@ -16,6 +15,7 @@ from sb3_episodic_a2c.tools.comparison.cells import (
 )
 from sb3_episodic_a2c.tools.comparison.normalization import RANDOM_EPISODES, Scale
 from sb3_episodic_a2c.tools.comparison.tables import format_number
+from sb3_episodic_a2c.tools.entries import EVAL_SEED
 from sb3_episodic_a2c.tools.zoo import ALGORITHMS, config_path
 
 

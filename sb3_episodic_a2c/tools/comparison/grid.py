@@ -1,16 +1,14 @@
 """The grid: which cells a comparison has, planned and checked before anything is trained."""
 
-import difflib
-import importlib
 import numbers
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-
-from sb3_episodic_a2c.tools.comparison.cells import TRAINING_ONLY, Cell
+from sb3_episodic_a2c.tools.comparison.cells import Cell
 from sb3_episodic_a2c.tools.comparison.hyperparams import check_algorithm, hyperparams_of, zoo_id
+from sb3_episodic_a2c.tools.entries import TRAINING_ONLY, check_env, import_packages
+from sb3_episodic_a2c.tools.vectorization import check_vectorization
 from sb3_episodic_a2c.tools.zoo import register
 
 DEFAULT_SEEDS = 10
@@ -31,6 +29,7 @@ def plan_cells(
     output: str | Path = DEFAULT_OUTPUT,
     device: str = "cpu",
     gym_packages: Sequence[str] = (),
+    vectorization: str = "dummy",
 ) -> list[Cell]:
     """
     Arguments as in :func:`sb3_episodic_a2c.tools.comparison.compare`.
@@ -43,11 +42,11 @@ def plan_cells(
         raise ValueError(f"`output` {output} is a file. Give a folder.")
     eval_episodes = check_positive("`eval_episodes`", eval_episodes)
     register()
-    for package in gym_packages:
-        _import(package)
+    import_packages(gym_packages)
     envs, algorithms = _distinct("env", envs), _distinct("algo", algorithms)
     for env_id in envs:
-        _check_env(env_id)
+        check_env(env_id)
+        check_vectorization(vectorization, env_id)
     seeds_of = _seeds_of(envs, seeds)
     n_evaluations_of = _n_evaluations_of(envs, n_evaluations)
     configs = {} if configs is None else configs
@@ -70,6 +69,7 @@ def plan_cells(
             output=Path(output).absolute(),
             gym_packages=tuple(gym_packages),
             device=device,
+            vectorization=vectorization,
         )
         for index in range(max(map(len, seeds_of.values())))
         for env_id in envs
@@ -160,24 +160,6 @@ def _distinct(name: str, values: Sequence[Any]) -> tuple[Any, ...]:
 def _check_compared(name: str, by_env: dict[str, int], envs: Sequence[str]) -> None:
     if unknown := sorted(by_env.keys() - set(envs)):
         raise ValueError(f"`{name}` is given for {unknown[0]!r}, which is not compared. The environments are {list(envs)}.")
-
-
-def _import(package: str) -> None:
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(
-            f"`gym_packages` {package!r} cannot be imported: {error}. Install it, or put its folder into PYTHONPATH."
-        ) from error
-
-
-def _check_env(env_id: str) -> None:
-    if env_id not in gym.registry:
-        close = difflib.get_close_matches(env_id, list(gym.registry), n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else "Name the module that registers it (--gym-packages)."
-        raise ValueError(f"`env` {env_id!r} is no registered environment. {hint}")
-    # A package that it needs may be missing, e.g. Box2D
-    gym.make(env_id).close()
 
 
 def _check_same_environments(cells: Sequence[Cell]) -> None:

@@ -1,17 +1,9 @@
 """The hyperparameters that an algorithm is compared with: those of the Zoo's and our files, or A2C's matched to ours."""
 
-import argparse
-import contextlib
-import copy
 from typing import Any
 
-from sb3_episodic_a2c.tools.zoo import (
-    ALGORITHMS,
-    DEFAULT_ALGORITHM,
-    config_path,
-    evaluate_kwargs,
-    experiment_manager_class,
-)
+from sb3_episodic_a2c.tools.entries import read_entry
+from sb3_episodic_a2c.tools.zoo import ALGORITHMS, DEFAULT_ALGORITHM, evaluate_kwargs
 from sb3_episodic_a2c.tools.zoo import algorithms as zoo_algorithms
 
 MATCHED = "a2c-matched"
@@ -39,9 +31,9 @@ def hyperparams_of(label: str, env_id: str, configs: dict[str, str]) -> dict[str
     :return: Hyperparameters as they stand in the file, ``n_timesteps`` among them
     :raises ValueError: The file has none for the environment, or an incomplete entry
     """
-    hyperparams = _read_config(zoo_id(label), env_id, configs)
+    hyperparams = read_entry(zoo_id(label), env_id, configs.get(zoo_id(label)))
     if label == MATCHED:
-        hyperparams = _matched(hyperparams, _read_config(DEFAULT_ALGORITHM, env_id, configs))
+        hyperparams = _matched(hyperparams, read_entry(DEFAULT_ALGORITHM, env_id, configs.get(DEFAULT_ALGORITHM)))
     return hyperparams
 
 
@@ -62,24 +54,3 @@ def _matched(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
         others = {name: value for name, value in theirs_kwargs.items() if name not in names}
         matched["policy_kwargs"] = {**others, **{name: ours_kwargs[name] for name in names if name in ours_kwargs}}
     return matched
-
-
-def _read_config(algorithm: str, env_id: str, configs: dict[str, str]) -> dict[str, Any]:
-    """The entry that the Zoo would use: the environment's, or ``atari`` for such games, or ``default``."""
-    config = configs.get(algorithm)
-    if config is None and algorithm in ALGORITHMS:
-        config = str(config_path(algorithm))
-    manager = experiment_manager_class()(argparse.Namespace(), algorithm, env_id, "", config=config)
-    try:
-        with contextlib.redirect_stdout(None):
-            hyperparams = copy.deepcopy(dict(manager.read_hyperparameters()[1]))
-    except Exception as error:
-        raise ValueError(
-            f"`conf` {manager.config} of {algorithm!r} gives no hyperparameters for {env_id}: "
-            f"{type(error).__name__}: {error}. Give a file that has them: --conf {algorithm}:PATH"
-        ) from error
-    if not isinstance(hyperparams.get("n_timesteps"), int | float) or "policy" not in hyperparams:
-        raise ValueError(
-            f"`conf` {manager.config}: the entry of {env_id} is {hyperparams}. It must have `n_timesteps` and `policy`."
-        )
-    return hyperparams

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from sb3_episodic_a2c.guards.files import atomic_write
-from sb3_episodic_a2c.tools.comparison.cells import EVAL_SEED, Cell
+from sb3_episodic_a2c.tools.comparison.cells import Cell
+from sb3_episodic_a2c.tools.entries import EVAL_SEED
 
 RANDOM_EPISODES = 100
 

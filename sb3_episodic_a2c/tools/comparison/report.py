@@ -14,7 +14,7 @@ import pandas as pd
 from rich.console import Console
 
 from sb3_episodic_a2c.guards.files import atomic_write
-from sb3_episodic_a2c.tools.comparison.cells import Cell, finished_results, one_per_pair, seeds_by_env, versions
+from sb3_episodic_a2c.tools.comparison.cells import Cell, finished_results, one_per_pair, seeds_by_env
 from sb3_episodic_a2c.tools.comparison.fairness import (
     code_notes,
     fairness_notes,
@@ -26,7 +26,8 @@ from sb3_episodic_a2c.tools.comparison.normalization import Scale, random_policy
 from sb3_episodic_a2c.tools.comparison.plots import plot_all
 from sb3_episodic_a2c.tools.comparison.statistics import Estimate
 from sb3_episodic_a2c.tools.comparison.summaries import Overall, Summary, summarize, summarize_overall
-from sb3_episodic_a2c.tools.comparison.tables import cost_table, markdown_table, print_table, score_table
+from sb3_episodic_a2c.tools.comparison.tables import cost_table, markdown_table, print_table, score_table, winner_table
+from sb3_episodic_a2c.tools.versions import versions
 
 
 @dataclass
@@ -36,6 +37,8 @@ class _Findings:
     cells: Sequence[Cell]
     summaries: list[Summary]
     overall: list[Overall]
+    winners: list[list[str]] | None
+    """Rows of a table, the header first; None if there is one algorithm."""
     scale: dict[str, Scale]
     failed: pd.DataFrame
     notes: list[str]
@@ -69,10 +72,12 @@ def write_report(
     notes = fairness_notes(cells, frame, configs)
     if unusable := [line for env_id, line in zip(scale, scale_lines(scale), strict=True) if not scale[env_id].is_usable]:
         notes.append(f"Not normalised: {'; '.join(unusable)}.")
+    overall = summarize_overall(summaries, scale, rng)
     findings = _Findings(
         cells=cells,
         summaries=summaries,
-        overall=summarize_overall(summaries, scale, rng),
+        overall=overall,
+        winners=winner_table(summaries, overall) if len({summary.algorithm for summary in summaries}) > 1 else None,
         scale=scale,
         failed=frame[frame["status"] == "failed"],
         notes=notes,
@@ -83,6 +88,8 @@ def write_report(
     plots = plot_all(frame, summaries, findings.overall, scale, output, rng)
     _write(output / "report.md", _markdown(findings, plots))
 
+    if findings.winners is not None:
+        print_table("Who is better", findings.winners, console)
     print_table("What they reach", score_table(summaries, findings.overall), console)
     print_table("What they take (medians)", cost_table(summaries), console)
     for note in code_notes(finished_results(cells)):
@@ -108,6 +115,7 @@ def _markdown(findings: _Findings, plots: Sequence[Path]) -> str:
     parts = [
         "# Comparison",
         f"Env steps: {', '.join(budgets.values())}.",
+        *_winners(findings),
         "## What they reach",
         markdown_table(score_table(findings.summaries, findings.overall)),
         "IQM: mean of the runs without the lowest and the highest quarter, with a stratified bootstrap interval. Area: mean "
@@ -134,6 +142,14 @@ def _markdown(findings: _Findings, plots: Sequence[Path]) -> str:
     if len(findings.versions) > 1:
         parts.append("The runs were not all made with the same code on the same machine: times may not compare.")
     return "\n\n".join(parts) + "\n"
+
+
+def _winners(findings: _Findings) -> list[str]:
+    if findings.winners is None:
+        return []
+    table = markdown_table(findings.winners)
+    text = "Better or worse: the interval of the difference does not hold 0. Training: median over runs, in wall time."
+    return ["## Who is better", table, text]
 
 
 def _overall_text(one: Overall, scale: dict[str, Scale]) -> str:

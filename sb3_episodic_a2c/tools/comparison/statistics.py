@@ -103,6 +103,20 @@ def stratified_iqm(
     return Estimate(value, float(interval.low), float(interval.high))
 
 
+def difference(one: Estimate, other: Estimate) -> Estimate:
+    """
+    :param one: A figure with its interval
+    :param other: One that is independent of it
+    :return: The difference, with an interval from those of both (MOVER, Zou & Donner 2008, https://doi.org/10.1002/sim.3095)
+    """
+    value = one.value - other.value
+    return Estimate(
+        value,
+        value - math.hypot(one.value - one.low, other.high - other.value),
+        value + math.hypot(one.high - one.value, other.value - other.low),
+    )
+
+
 def iqm_band(
     scores: np.ndarray, rng: np.random.Generator, confidence: float = 0.95, n_resamples: int = 2_000
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,8 +7,46 @@ from rich.console import Console
 from rich.table import Table
 
 from sb3_episodic_a2c.tools.comparison.normalization import reward_threshold
-from sb3_episodic_a2c.tools.comparison.statistics import Estimate
+from sb3_episodic_a2c.tools.comparison.statistics import Estimate, difference
 from sb3_episodic_a2c.tools.comparison.summaries import METRICS, Overall, Summary
+
+
+def winner_table(summaries: Sequence[Summary], overall: Sequence[Overall]) -> list[list[str]]:
+    """
+    Rows of text, the header first: one line an environment that says how much better the first algorithm is than each of the
+    others, and how long they trained.
+    """
+    algorithms = list(dict.fromkeys(summary.algorithm for summary in summaries))
+    first, *others = algorithms
+    header = ["environment", f"{first}, final evaluation, IQM (95% interval)"]
+    header += [f"minus that of {other} (95% interval)" for other in others]
+    rows = [[*header, *(f"training of {algorithm}" for algorithm in algorithms)]]
+    verdicts: dict[str, list[str]] = {other: [] for other in others}
+    for env_id in dict.fromkeys(summary.env_id for summary in summaries):
+        by_algorithm = {summary.algorithm: summary for summary in summaries if summary.env_id == env_id}
+        final = {algorithm: summary.iqm["final"] for algorithm, summary in by_algorithm.items()}
+        row = [env_id, format_interval(final[first])]
+        for other in others:
+            gain = difference(final[first], final[other])
+            verdicts[other].append(_verdict(gain))
+            row.append(f"{format_interval(gain)}: {verdicts[other][-1]}")
+        rows.append([*row, *(format_seconds(by_algorithm[algorithm].train_seconds) for algorithm in algorithms)])
+    counts = [", ".join(f"{verdicts[other].count(word)} {word}" for word in (BETTER, WORSE, UNDECIDED)) for other in others]
+    rows.append(["all", "", *counts, *([""] * len(algorithms))])
+    if overall:
+        normalised = {whole.algorithm: whole.iqm["final"] for whole in overall}
+        gains = [difference(normalised[first], normalised[other]) for other in others]
+        texts = [f"{format_interval(gain, 2)}: {_verdict(gain)}" for gain in gains]
+        rows.append(["all, normalised", format_interval(normalised[first], 2), *texts, *([""] * len(algorithms))])
+    return rows
+
+
+BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
+
+
+def _verdict(gain: Estimate) -> str:
+    """What an interval says; without one, nothing."""
+    return BETTER if gain.low > 0 else WORSE if gain.high < 0 else UNDECIDED
 
 
 def score_table(summaries: Sequence[Summary], overall: Sequence[Overall]) -> list[list[str]]:

@@ -40,8 +40,8 @@ from sb3_episodic_a2c.tools.comparison.cells import (
     code_hash,
     evaluation_grid,
     is_finished,
-    versions,
 )
+from sb3_episodic_a2c.tools.versions import versions
 from sb3_episodic_a2c.tools.zoo import algorithms, experiment_manager_class, register
 
 _one_at_a_time = threading.Lock()
@@ -183,6 +183,8 @@ def _make_manager(cell: Cell, log_folder: Path) -> tuple[Any, BaseAlgorithm, Any
     callbacks: list[Any] = []
 
     class CellManager(manager_class):
+        vectorization = cell.vectorization
+
         def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
             # Copies: the Zoo deletes entries, and A2C writes into `policy_kwargs`
             saved_hyperparams = OrderedDict(sorted(copy.deepcopy(cell.hyperparams).items()))
