@@ -436,6 +436,14 @@ def test_entries_promised() -> None:
         "LunarLander-v3",
         "LunarLanderContinuous-v3",
         "BipedalWalker-v3",
+        "HalfCheetah-v5",
+        "Ant-v5",
+        "Hopper-v5",
+        "InvertedDoublePendulum-v5",
+        "InvertedPendulum-v5",
+        "Reacher-v5",
+        "Swimmer-v5",
+        "Walker2d-v5",
         "atari",
     ]
     for config in CONFIGS.values():
