@@ -444,6 +444,10 @@ def test_entries_promised() -> None:
         "Reacher-v5",
         "Swimmer-v5",
         "Walker2d-v5",
+        "FrozenLake-v1",
+        "Taxi-v4",
+        "CliffWalking-v1",
+        "Blackjack-v1",
         "atari",
     ]
     for config in CONFIGS.values():
