@@ -26,7 +26,8 @@ from stable_baselines3.common.utils import FloatSchedule
 from sb3_episodic_a2c import EpisodicA2C, ResumableCheckpointCallback, notebook_preset, resume
 from sb3_episodic_a2c.__main__ import ZOO_COMMANDS, main
 from sb3_episodic_a2c.tools import zoo
-from sb3_episodic_a2c.tools.zoo import ALGORITHMS, config_path, register
+from sb3_episodic_a2c.tools.entries import read_entry
+from sb3_episodic_a2c.tools.zoo import ALGORITHMS, config_path, experiment_manager_class, register
 from tests.processes import PATIENCE, Command
 from tests.variant_envs import make_random_envs
 
@@ -397,10 +398,10 @@ ENTRIES = [(name, env_id) for name in CONFIGS for env_id in CONFIGS[name] if env
 @pytest.mark.parametrize("name, env_id", ENTRIES, ids=["-".join(entry) for entry in ENTRIES])
 def test_entries_train(name: str, env_id: str, tmp_path: Path) -> None:
     register()
-    manager = ExperimentManager(
+    manager = experiment_manager_class()(
         args=type("Arguments", (), {})(),
         algo=name if name in ALGORITHMS else "episodic_a2c",
-        env_id="CartPole-v1" if env_id == "default" else env_id,
+        env_id={"default": "CartPole-v1", "default-continuous": "Pusher-v5"}.get(env_id, env_id),
         log_folder=str(tmp_path),
         config=str(config_path(name)),
         n_timesteps=300,
@@ -428,6 +429,7 @@ def test_mask_entry_trains() -> None:
 def test_entries_promised() -> None:
     assert list(CONFIGS["episodic_a2c"]) == [
         "default",
+        "default-continuous",
         "CartPole-v1",
         "Acrobot-v1",
         "MountainCar-v0",
@@ -454,7 +456,14 @@ def test_entries_promised() -> None:
         for env_id, entry in config.items():
             # The Zoo merges nothing: an entry is all there is
             assert {"n_timesteps", "policy"} <= entry.keys()
-            assert env_id in ("default", "atari") or gym.spec(env_id)
+            assert env_id in ("default", "default-continuous", "atari") or gym.spec(env_id)
+
+
+@pytest.mark.parametrize(
+    "env_id, entry", [("Pusher-v5", "default-continuous"), ("FrozenLake8x8-v1", "default"), ("CarRacing-v3", "default")]
+)
+def test_the_entry_of_an_unlisted_environment(env_id: str, entry: str) -> None:
+    assert read_entry("episodic_a2c", env_id) == CONFIGS["episodic_a2c"][entry]
 
 
 @pytest.mark.parametrize("env_id", CONFIGS["notebook"])

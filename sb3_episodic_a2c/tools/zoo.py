@@ -5,11 +5,12 @@ The Zoo has no plugin hook: it knows the algorithms in the dict ``rl_zoo3.ALGOS`
 in two more dicts. :func:`register` puts ours there. :func:`launch` is the command line: all of the Zoo's flags work, and so do
 its own algorithms, with the Zoo's hyperparameters. To drive the Zoo from Python::
 
-    from rl_zoo3.exp_manager import ExperimentManager
-    from sb3_episodic_a2c.tools.zoo import config_path, register
+    from sb3_episodic_a2c.tools.zoo import config_path, experiment_manager_class, register
 
     register()
-    ExperimentManager(..., algo="episodic_a2c", config=str(config_path("episodic_a2c")))
+    experiment_manager_class()(..., algo="episodic_a2c", config=str(config_path("episodic_a2c")))
+
+The Zoo's own ``ExperimentManager`` does as well, but for entries with schedules that it does not know (``ent_coef: lin_0.1``).
 
 Several workers search hyperparameters together if each runs the same ``train -optimize --storage STORAGE --study-name NAME``.
 STORAGE is a file on a disk that they share (``x.log``, an Optuna journal) or a database (``postgresql://...``). Without
@@ -55,6 +56,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
+import yaml
+from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
@@ -84,6 +87,9 @@ NET_ARCHS: dict[str, list[int]] = {"tiny": [64], "small": [64, 64], "medium": [1
 
 OUR_SCHEDULES = ("ent_coef", "value_learning_rate")
 """Arguments of our algorithms that may be schedules, besides those that the Zoo knows."""
+
+CONTINUOUS_ENTRY = "default-continuous"
+"""Key of the entry, in a file of hyperparameters, for unlisted environments with vectors as observations and Box actions."""
 
 ACTIVATION_FNS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
@@ -342,8 +348,8 @@ def _option(*names: str) -> argparse.ArgumentParser:
 def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
     """
     :param experiment_manager: ``rl_zoo3.exp_manager.ExperimentManager``
-    :return: A subclass that works around two upstream bugs, makes schedules of ``ent_coef: lin_0.01``, and training
-        environments by our ``make_vec_env``
+    :return: A subclass that works around two upstream bugs, makes schedules of ``ent_coef: lin_0.01``, training environments
+        by our ``make_vec_env``, and knows :data:`CONTINUOUS_ENTRY`
     """
 
     class ExperimentManager(experiment_manager):
@@ -378,7 +384,20 @@ def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
             if self.storage and self.study_name and self.trial_id == 0:
                 trial_params = self.load_trial(self.storage, self.study_name, 0)
                 self.custom_hyperparams = {**trial_params, **(self.custom_hyperparams or {})}
+            self.custom_hyperparams = {**self._continuous_entry(), **(self.custom_hyperparams or {})}
             return super().read_hyperparameters()
+
+        def _continuous_entry(self) -> dict[str, Any]:
+            """What a file of ours says of environments like this one, besides its ``default``, if it does not list it."""
+            if self._is_atari or not str(self.config).endswith((".yml", ".yaml")):
+                return {}
+            with open(self.config) as file:
+                entries = yaml.safe_load(file) or {}
+            if CONTINUOUS_ENTRY not in entries or self.env_name.gym_id in entries:
+                return {}
+            with contextlib.closing(gym.make(self.env_name.gym_id, **self.env_kwargs)) as env:
+                is_vector = isinstance(env.observation_space, spaces.Box) and len(env.observation_space.shape) == 1
+                return entries[CONTINUOUS_ENTRY] if is_vector and isinstance(env.action_space, spaces.Box) else {}
 
         @staticmethod
         def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
