@@ -45,6 +45,7 @@ from sb3_episodic_a2c.tools.comparison.command_line import parse_by_env, parse_c
 from sb3_episodic_a2c.tools.comparison.fairness import fairness_notes
 from sb3_episodic_a2c.tools.comparison.frame import results_frame
 from sb3_episodic_a2c.tools.comparison.grid import plan_cells
+from sb3_episodic_a2c.tools.comparison.hyperparams import hyperparams_of
 from sb3_episodic_a2c.tools.comparison.normalization import Scale, random_policy_score
 from sb3_episodic_a2c.tools.comparison.plots import STYLES, plot_curves, plot_profile, plot_scores
 from sb3_episodic_a2c.tools.comparison.progress import format_duration, seconds_left
@@ -52,6 +53,7 @@ from sb3_episodic_a2c.tools.comparison.report import write_report
 from sb3_episodic_a2c.tools.comparison.statistics import iqm_band, profile_band
 from sb3_episodic_a2c.tools.comparison.summaries import METRICS, summarize, summarize_overall
 from sb3_episodic_a2c.tools.comparison.tables import cost_table, markdown_table, print_table, score_table, winner_table
+from sb3_episodic_a2c.tools.entries import read_entry
 from tests.processes import PATIENCE
 
 CHECKOUT = Path(__file__).parent.parent
@@ -754,6 +756,14 @@ def test_matched_a2c_is_a_row_of_its_own(tmp_path: Path) -> None:
     # The learning rate of our file is lin_0.003
     assert [model.lr_schedule(progress) for progress in (1.0, 0.5)] == pytest.approx([0.003, 0.0015])
     assert model.n_envs == 1
+
+
+def test_the_zoos_entry_of_an_older_version() -> None:
+    """The Zoo lists MuJoCo's environments up to -v4."""
+    assert hyperparams_of("a2c", "HalfCheetah-v5", {}) == read_entry("a2c", "HalfCheetah-v4")
+    assert hyperparams_of("a2c", "HalfCheetah-v4", {})["normalize"] is True
+    assert hyperparams_of("a2c", "CartPole-v0", {}) == read_entry("a2c", "CartPole-v0") != read_entry("a2c", "CartPole-v1")
+    assert hyperparams_of("episodic_a2c", "CartPole-v0", {}) == read_entry("episodic_a2c", "CartPole-v0")
 
 
 def test_matched_a2c_has_the_optimizer_of_our_file(tmp_path: Path) -> None:

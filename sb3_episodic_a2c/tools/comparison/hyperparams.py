@@ -1,9 +1,13 @@
 """The hyperparameters that an algorithm is compared with: those of the Zoo's and our files, or A2C's matched to ours."""
 
+import argparse
 from typing import Any
 
+import yaml
+from gymnasium.envs.registration import get_env_id, parse_env_id
+
 from sb3_episodic_a2c.tools.entries import read_entry
-from sb3_episodic_a2c.tools.zoo import ALGORITHMS, DEFAULT_ALGORITHM, evaluate_kwargs
+from sb3_episodic_a2c.tools.zoo import ALGORITHMS, DEFAULT_ALGORITHM, evaluate_kwargs, experiment_manager_class
 from sb3_episodic_a2c.tools.zoo import algorithms as zoo_algorithms
 
 MATCHED = "a2c-matched"
@@ -25,16 +29,30 @@ def check_algorithm(label: str) -> None:
 
 def hyperparams_of(label: str, env_id: str, configs: dict[str, str]) -> dict[str, Any]:
     """
+    The Zoo's algorithms have the Zoo's entries, if need be that of an older version of the environment: the Zoo tuned
+    HalfCheetah-v4, and nobody would leave its normalisation out with -v5.
+
     :param label: Zoo id of an algorithm, or :data:`MATCHED`
     :param env_id: Id of the environment
     :param configs: Zoo id: path of a file of hyperparameters that the user gave
     :return: Hyperparameters as they stand in the file, ``n_timesteps`` among them
     :raises ValueError: The file has none for the environment, or an incomplete entry
     """
-    hyperparams = read_entry(zoo_id(label), env_id, configs.get(zoo_id(label)))
+    algorithm, config = zoo_id(label), configs.get(zoo_id(label))
+    is_zoos = config is None and algorithm not in ALGORITHMS
+    hyperparams = read_entry(algorithm, _listed_version(algorithm, env_id) if is_zoos else env_id, config)
     if label == MATCHED:
         hyperparams = _matched(hyperparams, read_entry(DEFAULT_ALGORITHM, env_id, configs.get(DEFAULT_ALGORITHM)))
     return hyperparams
+
+
+def _listed_version(algorithm: str, env_id: str) -> str:
+    """The newest version of the environment, no newer than this one, that the Zoo's file lists; this one if there is none."""
+    with open(experiment_manager_class()(argparse.Namespace(), algorithm, env_id, "").config) as file:
+        listed = yaml.safe_load(file)
+    namespace, name, version = parse_env_id(env_id)
+    older = (get_env_id(namespace, name, number) for number in range(version or 0, -1, -1))
+    return next((listed_id for listed_id in older if listed_id in listed), env_id)
 
 
 def _matched(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
