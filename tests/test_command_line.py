@@ -20,7 +20,7 @@ from sb3_episodic_a2c.__main__ import main
 from sb3_episodic_a2c.tools import benchmark
 from sb3_episodic_a2c.tools.plain_a2c import PlainA2C
 from sb3_episodic_a2c.tools.record import play_episodes, record_gif, write_gif
-from sb3_episodic_a2c.tools.solve import solve
+from sb3_episodic_a2c.tools.solve import solve, summary
 from sb3_episodic_a2c.vector import GymnasiumVecEnv
 from tests.processes import run
 
@@ -83,6 +83,22 @@ def test_solve_stops_when_solved(tmp_path: Path, capsys: pytest.CaptureFixture) 
     # An existing model is never overwritten
     assert main(arguments) == 1
     assert "holds a model already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threshold, is_advised", [(1, False), (499, True)])
+def test_advice_after_a_run_that_was_not_solved(threshold: float, is_advised: bool, tmp_path: Path) -> None:
+    """Fewer than 100 episodes never solve it. Where the greedy agent is above the threshold, there is nothing to advise."""
+    result = solve(
+        "CartPole-v1",
+        total_timesteps=500,
+        reward_threshold=threshold,
+        n_eval_episodes=2,
+        gif=False,
+        progress_bar=False,
+        output=tmp_path / "run",
+    )
+    assert result.solved_at is None
+    assert ("Try another --seed" in summary(result)) == is_advised
 
 
 def test_solve_with_the_notebooks_preset(tmp_path: Path) -> None:

@@ -386,23 +386,22 @@ def plot_learning_curve(
 def summary(result: SolveResult) -> str:
     """:return: What the command prints at its end"""
     mean_reward = f"mean reward {result.mean_reward:.1f} over the last 100 training episodes"
+    evaluation, threshold = result.evaluation, result.reward_threshold
+    is_above = threshold is not None and evaluation.mean_reward > threshold
     if result.solved_at is not None:
         lines = [
             f"Solved {result.env_id} at episode {result.solved_at.n_episodes}: {result.solved_at.num_timesteps:,} env steps "
             f"in {result.seconds:.1f} s, {mean_reward}."
         ]
-    elif result.reward_threshold is None:
+    elif threshold is None:
         lines = [f"Trained {result.env_id} for {result.num_timesteps:,} env steps in {result.seconds:.1f} s: {mean_reward}."]
     else:
         lines = [
-            f"Not solved in training within {result.num_timesteps:,} env steps ({result.seconds:.1f} s): {mean_reward}. "
-            "Try another --seed, or more --total-timesteps."
+            f"Not solved in training within {result.num_timesteps:,} env steps ({result.seconds:.1f} s): {mean_reward}."
+            # The greedy agent may be better than the one that explores
+            + ("" if is_above else " Try another --seed, or more --total-timesteps.")
         ]
-    evaluation = result.evaluation
-    compared = ""
-    if result.reward_threshold is not None:
-        side = "above" if evaluation.mean_reward > result.reward_threshold else "not above"
-        compared = f", {side} the threshold {result.reward_threshold:g}"
+    compared = "" if threshold is None else f", {'above' if is_above else 'not above'} the threshold {threshold:g}"
     lines.append(f"Evaluation: mean reward {evaluation} over {len(evaluation.rewards)} greedy episodes{compared}.")
     if result.gif_rewards:
         lines.append(f"The GIF shows a typical one of them: reward {evaluation.rewards[evaluation.typical]:g}.")
