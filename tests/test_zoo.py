@@ -380,6 +380,18 @@ def test_samples_are_arguments(algorithm: str, n_envs: int, space: str) -> None:
         model.learn(100)
 
 
+@pytest.mark.parametrize("space", SPACES)
+def test_samples_fit_every_entry(space: str) -> None:
+    """The Zoo puts what was sampled over the environment's entry, which may have what does not fit the rest."""
+    entry = {"gae_lambda": 0.95, "n_value_epochs": 10, "value_learning_rate": 1e-3, "noise_resample_prob": 0.2}
+    assert entry.keys() <= {name for of_env in CONFIGS["episodic_a2c"].values() for name in of_env}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    env = make_random_envs(SPACES[space], 1)
+    for _ in range(20):
+        arguments = zoo.sample_params(study.ask(), 2 if space == "box" else 0, 1, {})
+        EpisodicA2C("MlpPolicy", env, device="cpu", **{**entry, **arguments})
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_diverging_trial_is_pruned() -> None:
     """The Zoo prunes a trial at a ValueError; any other error ends the study."""

@@ -64,6 +64,7 @@ from torch import nn
 
 import sb3_episodic_a2c
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C
+from sb3_episodic_a2c.actors import INDEPENDENT
 from sb3_episodic_a2c.returns import STANDARDIZATIONS
 from sb3_episodic_a2c.selection import PARTIAL_EPISODES
 from sb3_episodic_a2c.tools.vectorization import make_vec_env
@@ -241,13 +242,18 @@ def convert_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         params["learning_rate"] = f"lin_{params['learning_rate']}"
     params["gamma"] = 1 - params.pop("one_minus_gamma")
     params["n_episodes"] = 2 ** params.pop("n_episodes_pow")
+    # What does not fit the rest is overwritten, not left out: the environment's entry may have it
+    has_units = STANDARDIZATIONS[params["standardize_returns"]].has_units
     # A value at a time limit, and one in an advantage, needs a critic that has units
-    params["handle_timeout_termination"] = STANDARDIZATIONS[params["standardize_returns"]].has_units
-    if not params["handle_timeout_termination"]:
-        params.pop("gae_lambda", None)
+    params["handle_timeout_termination"] = has_units
+    if not has_units:
+        params["gae_lambda"] = 1.0
     # Studies of older versions have none
-    if not params.get("n_value_epochs"):
-        params.pop("value_learning_rate", None)
+    params.setdefault("n_value_epochs", 0)
+    if params["n_value_epochs"] == 0:
+        params["value_learning_rate"] = None
+    if params.get("use_sde"):
+        params["noise_resample_prob"] = INDEPENDENT
     net_arch = NET_ARCHS[params.pop("net_arch")]
     policy_kwargs = {
         "net_arch": {"pi": list(net_arch), "vf": list(net_arch)},
