@@ -272,7 +272,7 @@ def test_backends_give_identical_results(backend: str, finished: tuple[Path, pd.
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["dask", "ray"])
 def test_a_cluster_loses_a_worker(backend: str, finished: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
-    """Dask goes on with another one. Ray gives up, and the same command goes on."""
+    """Dask goes on with another one, and so do we for Ray, which gives up."""
     arguments = ["--env", "CartPole-v1", "--seeds", "2", "--total-timesteps", "720", "--n-evaluations", "3"]
     arguments += ["--eval-episodes", "3", "--jobs", "2", "--backend", backend, "-o", str(tmp_path)]
     command = [sys.executable, "-m", "sb3_episodic_a2c", "compare", *arguments]
@@ -287,10 +287,6 @@ def test_a_cluster_loses_a_worker(backend: str, finished: tuple[Path, pd.DataFra
     assert worker != process.pid
     os.kill(worker, signal.SIGKILL)
     output, _ = process.communicate(timeout=PATIENCE)
-    if backend == "ray" and process.returncode:
-        assert "the same command again trains the others" in output
-        process = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        output = process.stdout
     assert process.returncode == 0, output
     again = pd.read_csv(tmp_path / "results.csv", keep_default_na=False)
     pd.testing.assert_frame_equal(learned(again), learned(pd.read_csv(finished[0] / "results.csv", keep_default_na=False)))

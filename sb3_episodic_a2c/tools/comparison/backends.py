@@ -74,7 +74,7 @@ def _run(
         with _cluster(backend, jobs, scheduler):
             # -1: all processors of a cluster. With 1, joblib would train in this process instead
             jobs = -1 if scheduler is not None and jobs == 1 else jobs
-            return _run_parallel(cells, jobs, retrain, progress)
+            return _run_on_cluster(cells, jobs, backend, retrain, progress)
     errors: dict[Cell, str] = {}
     while cells:
         with joblib.parallel_config("loky", inner_max_num_threads=1):
@@ -111,6 +111,32 @@ def _run_parallel(cells: list[Cell], jobs: int, retrain: bool, progress: CellPro
     progress.jobs = min(joblib.effective_n_jobs(jobs), len(cells))
     errors = parallel(joblib.delayed(train_cell)(cell, retrain) for cell in cells)
     return {cell: error for cell, error in zip(cells, errors, strict=True) if error is not None}
+
+
+def _run_on_cluster(cells: list[Cell], jobs: int, backend: str, retrain: bool, progress: CellProgress) -> dict[Cell, str]:
+    """Dask trains the cell of a dead worker elsewhere. Ray gives all of them up, so what is left is started again."""
+    n_left = None
+    while True:
+        try:
+            return _run_parallel(cells, jobs, retrain, progress)
+        except _errors_of_a_dead_worker(backend):
+            cells = [cell for cell in cells if not is_finished(cell, retrain)]
+            if len(cells) == n_left:
+                # Twice without a cell between: it will die again
+                raise
+            if not cells:
+                return {}
+            n_left = len(cells)
+            remove_leftovers(cells[0].output)
+            progress.start_again(0)
+
+
+def _errors_of_a_dead_worker(backend: str) -> tuple[type[BaseException], ...]:
+    if backend != "ray":
+        return ()
+    from ray.exceptions import RayActorError
+
+    return (RayActorError,)
 
 
 def _run_apart(cells: list[Cell], retrain: bool, progress: CellProgress) -> dict[Cell, str]:
