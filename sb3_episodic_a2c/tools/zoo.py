@@ -56,7 +56,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
-import yaml
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
@@ -397,6 +396,9 @@ def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
             """What a file of ours says of environments like this one, besides its ``default``, if it does not list it."""
             if self._is_atari or not str(self.config).endswith((".yml", ".yaml")):
                 return {}
+            # Here, as it comes with the Zoo: without it, the Zoo is what is missing
+            import yaml
+
             with open(self.config) as file:
                 entries = yaml.safe_load(file) or {}
             if CONTINUOUS_ENTRY not in entries or self.env_name.gym_id in entries:

@@ -3,7 +3,6 @@
 import argparse
 from typing import Any
 
-import yaml
 from gymnasium.envs.registration import get_env_id, parse_env_id
 
 from sb3_episodic_a2c.tools.entries import read_entry
@@ -48,6 +47,9 @@ def hyperparams_of(label: str, env_id: str, configs: dict[str, str]) -> dict[str
 
 def _listed_version(algorithm: str, env_id: str) -> str:
     """The newest version of the environment, no newer than this one, that the Zoo's file lists; this one if there is none."""
+    # As in `tools.zoo`
+    import yaml
+
     with open(experiment_manager_class()(argparse.Namespace(), algorithm, env_id, "").config) as file:
         listed = yaml.safe_load(file)
     namespace, name, version = parse_env_id(env_id)
