@@ -25,6 +25,7 @@ from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_episodic_a2c import EpisodicA2C, ResumableCheckpointCallback, notebook_preset, resume
 from sb3_episodic_a2c.__main__ import ZOO_COMMANDS, main
+from sb3_episodic_a2c.tools import vectorization as vectorizations
 from sb3_episodic_a2c.tools import zoo
 from sb3_episodic_a2c.tools.entries import read_entry
 from sb3_episodic_a2c.tools.zoo import ALGORITHMS, config_path, experiment_manager_class, register
@@ -192,6 +193,21 @@ def test_train_in_subprocesses(tmp_path: Path) -> None:
         check=True,
         timeout=PATIENCE,
     )
+
+
+@pytest.mark.parametrize("vectorization", ["dummy", "gymnasium", "envpool"])
+def test_any_seed_of_the_zoo(vectorization: str) -> None:
+    """``train`` without ``--seed`` draws one below 2**32."""
+
+    def first_observations(seed: int) -> np.ndarray:
+        env = vectorizations.make_vec_env("CartPole-v1", n_envs=3, seed=seed, vectorization=vectorization)
+        observations = env.reset()
+        env.close()
+        return np.asarray(observations)
+
+    largest = first_observations(2**32 - 4)
+    assert (largest == first_observations(2**32 - 4)).all()
+    assert (largest != first_observations(2**32 - 5)).any()
 
 
 @pytest.mark.slow

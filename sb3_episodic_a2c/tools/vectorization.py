@@ -105,7 +105,8 @@ def make_vec_env(
             env_type="gymnasium",
             num_envs=n_envs,
             num_threads=1,
-            seed=0 if seed is None else seed + start_index,
+            # RL Zoo draws its seeds below 2**32, and EnvPool takes 32 bits with a sign
+            seed=0 if seed is None else (seed + start_index) % 2**31,
             **env_kwargs,
         )
     elif wrapper_class is None and env_id in gym.registry and gym.spec(env_id).vector_entry_point is not None:
