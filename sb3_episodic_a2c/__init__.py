@@ -9,7 +9,7 @@ from sb3_episodic_a2c.presets import notebook_preset
 from sb3_episodic_a2c.recurrent import RecurrentEpisodicA2C
 from sb3_episodic_a2c.vector import as_vec_env
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "CnnPolicy",
