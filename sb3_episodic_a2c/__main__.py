@@ -102,8 +102,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {what}. Install it with: {install(extra)}", file=sys.stderr)
             return 1
         # The Zoo's errors keep their traceback, as in the Zoo, but for what it says of a package, e.g. wandb, without a name.
-        # So does a package that is in none of our extras
-        is_kept = error.name is not None if isinstance(error, ImportError) else is_zoo
+        # So does a package that is in none of our extras. But runs are ours
+        is_kept = error.name is not None if isinstance(error, ImportError) else is_zoo and "--run" not in argv
         if is_kept:
             raise
         print(f"error: {error}", file=sys.stderr)

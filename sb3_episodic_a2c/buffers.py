@@ -113,7 +113,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self.episodes: list[EpisodeSegment] = []
         self.pos = 0
         self.full = False
-        self.returns = np.zeros((0, 1), dtype=np.float32)
+        self._returns = np.zeros((0, 1), dtype=np.float32)
         self._indices = np.zeros(0, dtype=np.int64)
         self._evaluations: tuple[np.ndarray, np.ndarray] | None = None
         self._evaluate: Evaluate | None = None
@@ -363,7 +363,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         :param gamma: Discount factor of generalized advantages
         :param gae_lambda: See :func:`~sb3_episodic_a2c.returns.generalized_advantages`
         """
-        self.returns = returns.astype(np.float32).reshape(-1, 1)
+        self._returns = returns.astype(np.float32).reshape(-1, 1)
         self.pos = len(returns)
         self.full = True
         self._indices = flat_indices(self.episodes, self.n_envs)
@@ -397,6 +397,9 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self.selection = TakeFinished(state["n_envs"])
         self.drop_episodes()
         self.__dict__.update(state)
+        if "returns" in state:
+            # So it was called until 0.2
+            self._returns = self.__dict__.pop("returns")
         self._views = {}
         for name, array in self._rows.items():
             self._rows[name] = np.empty((self.buffer_size, *array.shape[1:]), dtype=array.dtype)
@@ -492,7 +495,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
     def observations(self) -> np.ndarray | dict[str, np.ndarray]:
         """``(pos, 1, *obs_shape)``, or a dict of such arrays."""
         if self._is_dict:
-            return {key: self._copy_of(f"observations/{key}") for key in self._keys("observations")}
+            return _ReadOnlyDict((key, self._copy_of(f"observations/{key}")) for key in self._keys("observations"))
         return self._copy_of("observations")
 
     @property
@@ -530,6 +533,15 @@ class EpisodicRolloutBuffer(BaseBuffer):
         return _read_only(self._get_evaluations()[1].astype(np.float32).reshape(-1, 1))
 
     @property
+    def returns(self) -> np.ndarray:
+        """``(pos, 1)`` float32, in the units that are trained on."""
+        return self._returns
+
+    @returns.setter
+    def returns(self, returns: np.ndarray) -> None:
+        self._returns = self._check_written("returns", returns)
+
+    @property
     def advantages(self) -> np.ndarray:
         """``(pos, 1)``, in the units of ``returns``: generalized advantages, or with ``gae_lambda=1`` ``returns - values``."""
         if self._advantages is None:
@@ -545,13 +557,16 @@ class EpisodicRolloutBuffer(BaseBuffer):
 
     @advantages.setter
     def advantages(self, advantages: np.ndarray) -> None:
-        array = np.array(advantages, dtype=np.float32)
+        self._advantages, self._computed_advantages = self._check_written("advantages", advantages), None
+
+    def _check_written(self, name: str, given: np.ndarray) -> np.ndarray:
+        array = np.array(given, dtype=np.float32)
         if array.size != self.pos or not np.isfinite(array).all():
             raise ValueError(
-                f"`advantages` has the shape {array.shape} and the sum {array.sum()}, but there are {self.pos} transitions. "
+                f"`{name}` has the shape {array.shape} and the sum {array.sum()}, but there are {self.pos} transitions. "
                 f"It must have one finite number for each, {(self.pos, 1)}: set it in `on_rollout_end`."
             )
-        self._advantages, self._computed_advantages = array.reshape(-1, 1), None
+        return array.reshape(-1, 1)
 
     def fix_advantages(self) -> None:
         """Give training the advantages that a callback has written, or generalized ones; otherwise it computes them itself."""
@@ -590,6 +605,11 @@ class EpisodicRolloutBuffer(BaseBuffer):
 def _is_finite(array: np.ndarray) -> bool:
     """Takes no memory, unlike ``isfinite`` of all numbers. NaN passes through min and max."""
     return not array.size or (math.isfinite(array.min()) and math.isfinite(array.max()))
+
+
+class _ReadOnlyDict(dict[str, np.ndarray]):
+    def __setitem__(self, key: str, value: np.ndarray) -> None:
+        raise ValueError(f"observations[{key!r}] cannot be set: these are copies, so it would have no effect.")
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

@@ -590,7 +590,9 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
 
         self.rollout_buffer.set_evaluations(values, log_probs)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/explained_variance", explained_variance(values, self.rollout_buffer.returns[:, 0]))
+        with np.errstate(all="ignore"):
+            explained = explained_variance(values, self.rollout_buffer.returns[:, 0])
+        self.logger.record("train/explained_variance", explained)
         for name, summed in sums.items():
             # Per transition, so that curves of episodes of different length compare
             self.logger.record(f"train/{name}", summed / n_transitions)

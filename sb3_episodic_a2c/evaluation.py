@@ -69,7 +69,8 @@ MODULES_OF_SINGLE_ROWS: frozenset[type[nn.Module]] = frozenset(
 def treats_rows_alone(policy: Any) -> bool:
     """
     :param policy: A policy
-    :return: Whether its output for a row is known to depend on no other row of the batch, as it does with batch norm
+    :return: Whether its output for a row is known to depend on no other row of the batch, as it does with batch norm, and
+        gradients of passes add up to that of all: no hook clips one
     """
     policy = unwrapped(policy)
     base = ActorCriticPolicy if isinstance(policy, ActorCriticPolicy) else MaskableActorCriticPolicy
@@ -79,16 +80,14 @@ def treats_rows_alone(policy: Any) -> bool:
         (module is policy or type(module) in MODULES_OF_SINGLE_ROWS)
         and reason_against_calls(module) is None
         and not (isinstance(module, nn.Flatten) and module.start_dim == 0)
+        and not (module._backward_hooks or module._backward_pre_hooks)
         for module in policy.modules()
-    )
+    ) and not any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in policy.parameters())
 
 
 def pass_size(policy: ActorCriticPolicy, n_transitions: int, batch_size: int | None) -> int | None:
     """
-    How many transitions to evaluate at a time.
-
-    Passes are made smaller than was asked for only where that changes nothing but the speed. The other exception is a last
-    pass of a single row, of which batch norm can make nothing.
+    How many transitions to evaluate at a time. That is less than was asked for only where it changes nothing but the speed.
 
     :param policy: The policy
     :param n_transitions: Transitions of the update
@@ -106,9 +105,7 @@ def pass_size(policy: ActorCriticPolicy, n_transitions: int, batch_size: int | N
         size = max(1, min(CPU_PASS_SIZE, CPU_PASS_NUMBERS // max(1, spaces.flatdim(policy.observation_space))))
         if most > size and treats_rows_alone(policy):
             return size
-    if most == n_transitions or n_transitions % most != 1 or treats_rows_alone(policy):
-        return batch_size
-    return next((size for size in range(most, 1, -1) if n_transitions % size != 1), batch_size)
+    return batch_size
 
 
 def evaluate_actions(

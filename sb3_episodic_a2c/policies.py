@@ -122,14 +122,19 @@ def rescale_value_head(policy: BasePolicy, old: ReturnStatistics, new: ReturnSta
     Otherwise the predictions, and the advantages with them, would shift at every update, as the statistics move. This is the
     output preservation of PopArt (van Hasselt et al., 2016, https://arxiv.org/abs/1602.07714).
 
-    :param policy: A policy whose last layer of the critic is the linear ``value_net``, as in all of SB3's; others are
-        left as they are
+    :param policy: A policy whose last layer of the critic is the linear ``value_net``, as in all of SB3's; others, and one
+        whose weight is pruned or parametrized, are left as they are
     :param old: The statistics that the critic was trained with; the initial ones for raw returns. Nothing is done if all
         returns were equal
     :param new: The statistics that it will be trained with
     """
     value_net = getattr(policy, "value_net", None)
+    # `th.compile` wraps it
+    value_net = getattr(value_net, "_orig_mod", value_net)
     if not isinstance(value_net, nn.Linear) or value_net.bias is None or old == new or old.std <= EPSILON:
+        return
+    if "weight" not in value_net._parameters:
+        # Computed from other parameters, e.g. pruned or normalized: writing to it would have no effect
         return
     old_scale, new_scale = old.std + EPSILON, new.std + EPSILON
     scale = old_scale / new_scale

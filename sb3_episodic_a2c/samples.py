@@ -140,12 +140,12 @@ def cut_episodes(
     episode_lengths: np.ndarray, batch_size: int | None, whole_episodes: bool
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """
-    Cut concatenated episodes into batches.
+    Cut concatenated episodes into batches. No batch is a single transition, of which batch norm can make nothing, unless
+    ``batch_size`` leaves no other way.
 
     :param episode_lengths: ``(n_episodes,)`` lengths >= 1
     :param batch_size: The most transitions in a batch; None for all of them
-    :param whole_episodes: Whether to cut between episodes only. One longer than ``batch_size`` is then a batch of its own.
-        A single transition is none, but goes with its neighbours, as batch norm can make nothing of it
+    :param whole_episodes: Whether to cut between episodes only. One longer than ``batch_size`` is then a batch of its own
     :return: The transitions of each batch, and the lengths of the episodes, or pieces of them, that it consists of
     """
     episode_ends = episode_lengths.cumsum()
@@ -162,6 +162,8 @@ def cut_episodes(
             end = int(episode_ends[max(n_fitting - 1, np.searchsorted(episode_ends, start + 1, side="right"))])
             if end == n_transitions - 1:
                 end = n_transitions
+        elif end == n_transitions - 1 and batch_size > 2:
+            end -= 1
         cuts = episode_ends[(episode_ends > start) & (episode_ends < end)]
         yield slice(start, end), np.diff([start, *cuts, end])
         start = end

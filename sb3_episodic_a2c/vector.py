@@ -12,7 +12,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
@@ -35,6 +35,10 @@ class _NothingReported(dict[str, Any]):
     def update(self, *args: Any, **kwargs: Any) -> None:
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
+
+    def __ior__(self, other: Any) -> "_NothingReported":  # type: ignore[override, misc]  # one for dict's two forms
+        self.update(other)
+        return self
 
 
 NOTHING_REPORTED = _NothingReported()
@@ -476,10 +480,23 @@ def as_vec_env(env: Any) -> GymEnv:
     :raises ValueError: A vector environment that cannot be wrapped
     """
     if isinstance(env, VecEnv):
+        _check_innermost(env)
         return env
     if isinstance(env, VectorEnv) or (hasattr(env, "send") and hasattr(env, "recv")):
         return GymnasiumVecEnv(env)
     return _patch_env(env)
+
+
+def _check_innermost(env: VecEnv) -> None:
+    wrappers, innermost = [], env
+    while isinstance(innermost, VecEnvWrapper):
+        wrappers.append(type(innermost).__name__)
+        innermost = innermost.venv
+    if isinstance(innermost, VectorEnv):
+        raise ValueError(
+            f"`env` is SB3's {wrappers[-1]} around {type(innermost).__name__}, a vector environment of gymnasium, which it "
+            f"cannot step. Wrap that first: {wrappers[-1]}(sb3_episodic_a2c.as_vec_env(...))."
+        )
 
 
 def wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:

@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium import spaces
 from huggingface_hub import ModelCard
 from stable_baselines3.common.monitor import load_results
 
 from sb3_episodic_a2c.__main__ import COMMANDS, PROGRAM, main
-from sb3_episodic_a2c.tools.runs import Run
-from sb3_episodic_a2c.tools.solve import solve
+from sb3_episodic_a2c.tools.runs import Run, enjoy
+from sb3_episodic_a2c.tools.solve import preset_entry, solve
 from tests.processes import PATIENCE, Command
 from tests.processes import run as run_command
 
@@ -49,20 +53,126 @@ def test_enjoy_plays_a_run(run_folder: Path, tmp_path: Path, capfd: pytest.Captu
     process = run_command(*command, cwd=tmp_path, environment=ENVIRONMENT)
     assert process.returncode == 0, process.stderr
     assert "Loading running average" in process.stdout and "Mean reward: " in process.stdout
+    # It was trained on shorter episodes
+    assert "Episode Length 200" in process.stdout
     # It leaves nothing behind
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["enjoy", "gif -o x.gif", "card"])
 def test_a_folder_that_is_no_run_is_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    try:
-        assert main([*command.split(), "--run", str(tmp_path)]) == 1
-        message = capsys.readouterr().err
-    except ValueError as error:
-        # Errors keep their traceback in the Zoo's commands
-        assert command == "enjoy"
-        message = str(error)
-    assert "has no model.zip, so it is no finished run" in message
+    assert main([*command.split(), "--run", str(tmp_path)]) == 1
+    assert "has no model.zip, so it is no finished run" in capsys.readouterr().err
+
+
+ENVS_OF_A_USER = """
+import gymnasium as gym
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class LongCartPole(CartPoleEnv):
+    def __init__(self, length, render_mode=None):
+        super().__init__(render_mode=render_mode)
+        self.length = length
+
+gym.register("UsersMasked-v0", lambda render_mode=None: InvalidActionEnvDiscrete(dim=20, n_invalid_actions=10))
+gym.register("UsersCartPole-v0", LongCartPole, max_episode_steps=20)
+"""
+
+
+@pytest.fixture
+def users_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module that registers environments."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "users_envs.py").write_text(ENVS_OF_A_USER)
+    monkeypatch.syspath_prepend(str(tmp_path / "package"))
+    yield "users_envs"
+    sys.modules.pop("users_envs", None)
+    for env_id in ("UsersMasked-v0", "UsersCartPole-v0"):
+        gym.registry.pop(env_id, None)
+
+
+@pytest.mark.parametrize(
+    "env_id, algorithm, hyperparams",
+    [
+        ("UsersMasked-v0", "episodic_a2c_mask", {"learning_rate": 0.01}),
+        ("UsersCartPole-v0", "episodic_a2c_lstm", {"env_kwargs": {"length": 3}}),
+    ],
+)
+def test_solve_an_environment_of_the_users(
+    env_id: str, algorithm: str, hyperparams: dict[str, Any], users_package: str, tmp_path: Path
+) -> None:
+    result = solve(
+        env_id,
+        algorithm=algorithm,
+        hyperparams=hyperparams,
+        gym_packages=[users_package],
+        total_timesteps=400,
+        output=tmp_path / "run",
+        progress_bar=False,
+        n_eval_episodes=2,
+        gif=False,
+    )
+    run = Run.read(tmp_path / "run")
+    assert run.algorithm == algorithm and {**run.hyperparams, **hyperparams} == run.hyperparams
+    rewards = run.evaluate(2, result.evaluation.seed).rewards
+    if algorithm == "episodic_a2c_lstm":
+        assert rewards == result.evaluation.rewards
+    else:
+        # An action that is not allowed would have been an error. Its target is drawn without the seed
+        assert len(rewards) == 2
+        with pytest.raises(ValueError, match=r"gives it none.*\n.*Run"):
+            enjoy(tmp_path / "run", [])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"hyperparams": {"lerning_rate": 0.01}}, "'lerning_rate'.*Did you mean 'learning_rate'"),
+        ({"hyperparams": {"gae_lambda": 2}}, "`gae_lambda` is 2"),
+        ({"hyperparams": {"n_envs": 0}}, "`n_envs` is 0"),
+        # Found when the training has begun
+        ({"algorithm": "episodic_a2c_mask"}, "no method `action_masks`"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_a_start_that_fails_leaves_nothing(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with pytest.raises(ValueError, match=message):
+        solve("CartPole-v1", total_timesteps=200, output=output, progress_bar=False, gif=False, **arguments)
+    assert not output.exists()
+
+
+def test_hyperparameters_that_are_no_python_are_explained(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["solve", "--env", "CartPole-v1", "-params", "learning_rate:lin_0.01"])
+    assert "a string in quotes of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "space, policy",
+    [
+        (spaces.Box(0, 255, (84, 84, 4), np.uint8), "CnnPolicy"),
+        (spaces.Box(0, 255, (3, 64, 64), np.uint8), "CnnPolicy"),
+        # Too small for SB3's network, and no picture
+        (spaces.Box(0, 255, (7, 7, 3), np.uint8), "MlpPolicy"),
+        (spaces.Box(0, 1, (84, 84, 4), np.float32), "MlpPolicy"),
+        (spaces.Dict({"vector": spaces.Box(0, 1, (3,))}), "MultiInputPolicy"),
+    ],
+)
+def test_the_policy_fits_the_observations(space: spaces.Space, policy: str) -> None:
+    assert preset_entry("default", "episodic_a2c", "CartPole-v1", space)["policy"] == policy
+
+
+def test_the_default_preset_keeps_what_the_environment_needs() -> None:
+    entries = {
+        env_id: preset_entry("default", "episodic_a2c", env_id, spaces.Discrete(2))
+        for env_id in ("Blackjack-v1", "CliffWalking-v1", "Pendulum-v1")
+    }
+    assert "env_wrapper" in entries["Blackjack-v1"] and "learning_rate" not in entries["Blackjack-v1"]
+    # It has no limit of its own; Pendulum's is for training only
+    assert entries["CliffWalking-v1"]["env_kwargs"] == {"max_episode_steps": 200}
+    assert "env_kwargs" not in entries["Pendulum-v1"]
 
 
 def test_the_model_card_is_one_of_the_hub(run_folder: Path) -> None:
@@ -106,6 +216,31 @@ def test_a_run_that_is_stopped_says_how_to_go_on(signal_number: int, status: int
     assert "of 10,000,000 env steps: mean reward" in errors and f"{folder}/ holds model.zip" in errors
     assert "The same command again goes on" in errors and "Traceback" not in errors
     assert (tmp_path / folder / "model.zip").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
+def test_a_run_on_processes_that_is_stopped_before_its_first_checkpoint(tmp_path: Path) -> None:
+    """Ctrl-C in a terminal reaches the worker processes as well."""
+    command = ("solve", "--env", "CartPole-v1", "--reward-threshold", "501", "--vectorization", "subproc", "--n-envs", "2")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sb3_episodic_a2c", *command, "--no-progress"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    folder = tmp_path / "runs" / "CartPole-v1-tuned-seed0"
+    # Rows of episodes, after a head of two lines
+    while sum(len(path.read_text().splitlines()) for path in folder.glob("*.monitor.csv")) < 6:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 130 and "Stopped after" in errors, errors
+    assert (folder / "model.zip").exists()
+    goes_on = "goes on from the newest checkpoint" if any(folder.glob("checkpoints/*.zip")) else "too early"
+    assert goes_on in errors
 
 
 @pytest.mark.parametrize("vectorization", [pytest.param("subproc", marks=pytest.mark.slow), "gymnasium", "envpool"])

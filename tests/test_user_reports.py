@@ -24,10 +24,13 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from torch.nn.utils import prune
 
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C, load_checkpoint, save_checkpoint
 from sb3_episodic_a2c.__main__ import main
 from sb3_episodic_a2c.evaluation import pass_size
+from sb3_episodic_a2c.policies import rescale_value_head
+from sb3_episodic_a2c.returns import ReturnStatistics
 from sb3_episodic_a2c.samples import cut_episodes
 from tests.envs import TargetEnv, vectorized
 from tests.variant_envs import make_random_envs
@@ -319,7 +322,7 @@ def test_what_may_look_at_the_whole_batch_is_given_all_of_it(
 def test_what_treats_rows_alone_is_cut(policy_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sb3_episodic_a2c.evaluation.CPU_PASS_SIZE", 100)
     assert pass_sizes("MlpPolicy", 250, None, **policy_kwargs) == [100, 100, 50]
-    assert pass_sizes("MlpPolicy", 251, 50, **policy_kwargs)[-1] == 1
+    assert pass_sizes("MlpPolicy", 251, 50, **policy_kwargs) == [50, 50, 50, 50, 49, 2]
 
 
 def test_hooks_may_look_at_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,9 +333,20 @@ def test_hooks_may_look_at_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> N
     assert pass_size(model.policy, 250, None) is None
 
 
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook", "register_full_backward_hook"])
+def test_gradient_hooks_are_given_the_gradient_of_all_transitions(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that clips would clip each pass by itself."""
+    monkeypatch.setattr("sb3_episodic_a2c.evaluation.CPU_PASS_SIZE", 100)
+    model = EpisodicA2C("MlpPolicy", TargetEnv(), device="cpu")
+    layer = model.policy.action_net
+    assert pass_size(model.policy, 250, None) == 100
+    getattr(layer if kind == "register_full_backward_hook" else layer.weight, kind)(lambda *gradients: None)
+    assert pass_size(model.policy, 250, None) is None
+
+
 @pytest.mark.parametrize(
     ("n_transitions", "batch_size", "expected"),
-    [(200, 199, [198, 2]), (7, 3, [2, 2, 2, 1]), (10, 4, [4, 4, 2]), (9, 4, [3, 3, 3]), (5, None, [5])],
+    [(200, 199, [198, 2]), (7, 3, [3, 2, 2]), (7, 2, [2, 2, 2, 1]), (10, 4, [4, 4, 2]), (9, 4, [4, 3, 2]), (5, None, [5])],
 )
 def test_batch_norm_gets_no_single_row_where_another_size_is_possible(
     n_transitions: int, batch_size: int | None, expected: list[int]
@@ -612,6 +626,110 @@ def test_numpy_may_be_told_to_raise(action_space: spaces.Space) -> None:
         model = EpisodicA2C("MlpPolicy", TargetEnv(tiny, action_space), actor="numpy", seed=0, device="cpu").learn(100)
         assert set(np.geterr().values()) == {"raise"}
     assert model._n_updates == 20
+
+
+@pytest.mark.parametrize("standardize_returns", ["episode", "rollout", None])
+def test_numpy_may_be_told_to_raise_with_tiny_rewards(standardize_returns: str | None) -> None:
+    env = gym.wrappers.TransformReward(TargetEnv(), lambda reward: 1e-30 * reward)
+    with np.errstate(all="raise"):
+        model = EpisodicA2C(
+            "MlpPolicy",
+            env,
+            standardize_returns=standardize_returns,
+            handle_timeout_termination=False,
+            seed=0,
+            device="cpu",
+        )
+        assert model.learn(100)._n_updates == 20
+
+
+@every_algorithm
+def test_a_vector_environment_inside_a_wrapper_of_sb3_is_named(
+    algorithm: type[Any], policy: str, policy_kwargs: dict[str, Any]
+) -> None:
+    env: Any = VecNormalize(gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="vector_entry_point"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"VecNormalize around CartPoleVectorEnv.*VecNormalize\(sb3_episodic_a2c.as_vec_env"):
+        algorithm(policy, env, policy_kwargs=policy_kwargs, device="cpu")
+
+
+def test_an_evaluation_environment_keeps_the_statistics_that_it_shares() -> None:
+    """Those that a NaN has spoilt are put back in place."""
+
+    class Spoilt(TargetEnv):
+        n_made = 0
+
+        def step(self, action: Any) -> Any:
+            self.n_made += 1
+            observation, *rest = super().step(action)
+            return (observation * np.nan if self.n_made == 42 else observation, *rest)
+
+    env = VecNormalize(DummyVecEnv([Spoilt]))
+    evaluation_env = VecNormalize(DummyVecEnv([TargetEnv]), training=False)
+    evaluation_env.obs_rms = env.obs_rms
+    with pytest.raises(ValueError, match="nan"):
+        EpisodicA2C("MlpPolicy", env, device="cpu").learn(100)
+    assert evaluation_env.obs_rms is env.obs_rms
+    assert np.isfinite(evaluation_env.obs_rms.mean).all() and env.obs_rms.count > 30
+
+
+class Writing(BaseCallback):
+    """Calls ``write(rollout_buffer)`` before each update."""
+
+    def __init__(self, write: Any) -> None:
+        super().__init__()
+        self.write = write
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.write(self.model.rollout_buffer)  # type: ignore[attr-defined]
+
+
+def test_returns_may_be_set_in_any_precision() -> None:
+    def write(buffer: Any) -> None:
+        buffer.returns = buffer.returns + np.zeros(buffer.returns.shape)
+        assert buffer.returns.dtype == np.float32
+
+    assert EpisodicA2C("MlpPolicy", TargetEnv(), device="cpu").learn(20, callback=Writing(write))._n_updates == 4
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(3), np.full(5, np.nan)])
+def test_returns_that_cannot_be_trained_on_are_named(wrong: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="`returns` has the shape"):
+        EpisodicA2C("MlpPolicy", TargetEnv(), device="cpu").learn(
+            20, callback=Writing(lambda buffer: setattr(buffer, "returns", wrong))
+        )
+
+
+def test_a_part_of_the_observations_cannot_be_set() -> None:
+    env = TargetEnv(spaces.Dict({"vector": spaces.Box(-1, 1, (3,), np.float32)}))
+    with pytest.raises(ValueError, match="copies"):
+        EpisodicA2C("MultiInputPolicy", env, device="cpu").learn(
+            20, callback=Writing(lambda buffer: buffer.observations.__setitem__("vector", 0))
+        )
+
+
+@pytest.mark.parametrize("change", ["compiled", "weight_norm", "pruned"])
+def test_the_values_of_a_changed_critic_do_not_jump(change: str) -> None:
+    """Rescaled, or left as it is, but never in part."""
+    model = EpisodicA2C("MlpPolicy", TargetEnv(), seed=0, device="cpu")
+    observations = th.randn(6, 3)
+    layer: Any = model.policy.value_net
+    if change == "compiled":
+        model.policy.value_net = th.compile(layer, backend="eager")
+    elif change == "weight_norm":
+        th.nn.utils.parametrizations.weight_norm(layer)
+    else:
+        prune.l1_unstructured(layer, "weight", 0.3)
+    before = model.policy.predict_values(observations)
+    old, new = ReturnStatistics(0.0, 1.0, 10), ReturnStatistics(5.0, 9.0, 20)
+    rescale_value_head(model.policy, old, new)
+    after = model.policy.predict_values(observations)
+    if change == "compiled":
+        th.testing.assert_close(after * new.std + new.mean, before * old.std + old.mean, rtol=1e-4, atol=1e-4)
+    else:
+        th.testing.assert_close(after, before)
 
 
 @pytest.mark.skipif(not hasattr(BaseException, "add_note"), reason="Python 3.10 has no notes")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
@@ -141,16 +142,15 @@ def restore_statistics(vec_normalize: VecNormalize | None, statistics: Normalize
     """
     if vec_normalize is None or statistics is None:
         return
-    moments = [
-        moment
-        for rms in (getattr(vec_normalize, "obs_rms", None), vec_normalize.ret_rms)
-        for one in (rms.values() if isinstance(rms, dict) else [rms])
-        if one is not None
-        for moment in (one.mean, one.var)
-    ]
-    if not all(np.isfinite(moment).all() for moment in moments):
-        obs_rms, ret_rms = copy.deepcopy(statistics)
-        if obs_rms is not None:
-            vec_normalize.obs_rms = obs_rms
-        vec_normalize.ret_rms = ret_rms
+    spoilt = _running_moments(getattr(vec_normalize, "obs_rms", None), vec_normalize.ret_rms)
+    if not all(np.isfinite(rms.mean).all() and np.isfinite(rms.var).all() for rms in spoilt):
+        # In place: an evaluation environment may share them
+        for kept, rms in zip(_running_moments(*statistics), spoilt, strict=True):
+            rms.mean, rms.var, rms.count = kept.mean.copy(), kept.var.copy(), kept.count
     vec_normalize.returns = np.nan_to_num(vec_normalize.returns, posinf=0.0, neginf=0.0)
+
+
+def _running_moments(obs_rms: Any, ret_rms: RunningMeanStd) -> list[RunningMeanStd]:
+    """Those of each part of the observations, and of the returns."""
+    parts = obs_rms.values() if isinstance(obs_rms, dict) else [] if obs_rms is None else [obs_rms]
+    return [*parts, ret_rms]

@@ -34,19 +34,22 @@ def evaluation_seed(seed: int, n_episodes: int) -> int:
     return (EVAL_SEED + seed * n_episodes) % (2**32 - n_episodes)
 
 
-def read_entry(algorithm: str, env_id: str, config: str | None = None) -> dict[str, Any]:
+def read_entry(
+    algorithm: str, env_id: str, config: str | None = None, env_kwargs: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """
     The entry that the Zoo would use: the environment's, or ``atari`` for such games, or ``default``.
 
     :param algorithm: Zoo id of the algorithm
     :param env_id: Id of the environment
     :param config: Path of a file of hyperparameters; by default ours, or the Zoo's for its own algorithms
+    :param env_kwargs: What the environment cannot be made without. Those of the entry are in the entry
     :return: Hyperparameters as they stand in the file, ``n_timesteps`` among them
     :raises ValueError: The file has none for the environment, or an incomplete entry
     """
     if config is None and algorithm in ALGORITHMS:
         config = str(config_path(algorithm))
-    manager = experiment_manager_class()(argparse.Namespace(), algorithm, env_id, "", config=config)
+    manager = experiment_manager_class()(argparse.Namespace(), algorithm, env_id, "", config=config, env_kwargs=env_kwargs)
     try:
         with contextlib.redirect_stdout(None):
             hyperparams = copy.deepcopy(dict(manager.read_hyperparameters()[1]))
@@ -141,11 +144,12 @@ def import_packages(packages: Sequence[str]) -> None:
             ) from error
 
 
-def check_env(env_id: str) -> None:
+def check_env(env_id: str, **env_kwargs: Any) -> None:
     """
     Make the environment once.
 
     :param env_id: Id of the environment
+    :param env_kwargs: What it is made with
     :raises ValueError: It is not registered. What else it may raise, e.g. about a missing package, is passed on
     """
     if env_id not in gym.registry:
@@ -155,4 +159,4 @@ def check_env(env_id: str) -> None:
             hint = f"Atari games need a package that is missing. Install it with: {install('atari')}"
         raise ValueError(f"`env` {env_id!r} is no registered environment. {hint}")
     # A package that it needs may be missing, e.g. Box2D
-    gym.make(env_id).close()
+    gym.make(env_id, **env_kwargs).close()

@@ -84,11 +84,12 @@ def _check_frame(frame: Any) -> np.ndarray:
     return array
 
 
-def reason_against_pictures(env_id: str) -> str | None:
+def reason_against_pictures(env_id: str, **env_kwargs: Any) -> str | None:
     """
     Make the environment, and render it once.
 
     :param env_id: Id of the environment
+    :param env_kwargs: What it is made with
     :return: Why :func:`record_gif` cannot show it, in one line; None if it can
     """
     try:
@@ -97,7 +98,7 @@ def reason_against_pictures(env_id: str) -> str | None:
         with warnings.catch_warnings():
             # The reason says it better
             warnings.simplefilter("ignore")
-            env = gym.make(env_id, render_mode="rgb_array")
+            env = gym.make(env_id, **{**env_kwargs, "render_mode": "rgb_array"})
             try:
                 env.reset()
                 _check_frame(env.render())

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -121,6 +121,22 @@ def _check_unused(folder: Path, fresh: bool) -> None:
 
 def _files_of_training(folder: Path) -> list[Path]:
     return [*(folder / CHECKPOINTS).glob("*.zip"), *folder.glob("*.monitor.csv")]
+
+
+@contextlib.contextmanager
+def discarded_without_a_model(folder: Path) -> Iterator[None]:
+    """A run that ends with an error before it has saved anything leaves nothing in its folder."""
+    try:
+        yield
+    except BaseException:
+        if not (folder / "model.zip").exists() and not any((folder / CHECKPOINTS).glob("*.zip")):
+            for path in _files_of_training(folder):
+                path.unlink()
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            # Only if there is nothing of the user's
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def resume_run(folder: Path, make_env: Callable[[int], VecEnv], device: str) -> EpisodicA2C | None:

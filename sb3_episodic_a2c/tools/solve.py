@@ -1,12 +1,16 @@
 """The main job: train an agent, evaluate it, and keep the model, a learning curve and a GIF of the agent."""
 
 import argparse
+import contextlib
+import difflib
 import importlib
+import inspect
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +21,36 @@ import yaml
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.monitor import load_results
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_episodic_a2c import EpisodicA2C, ResumableCheckpointCallback
 from sb3_episodic_a2c.callbacks import EpisodeProgressCallback, SolvedAt, StopTrainingOnSolved
 from sb3_episodic_a2c.guards.arguments import check_spaces
 from sb3_episodic_a2c.guards.files import atomic_write
-from sb3_episodic_a2c.tools.entries import check_env, entry_manager, evaluation_seed, import_packages, read_entry
+from sb3_episodic_a2c.tools.entries import (
+    check_env,
+    entry_manager,
+    evaluation_env_kwargs,
+    evaluation_seed,
+    import_packages,
+    read_entry,
+)
 from sb3_episodic_a2c.tools.greedy import Evaluation, evaluate
 from sb3_episodic_a2c.tools.record import one_line, reason_against_pictures, record_episodes
-from sb3_episodic_a2c.tools.run_folder import CHECKPOINTS, finish, open_folder, resume_run
+from sb3_episodic_a2c.tools.run_folder import CHECKPOINTS, discarded_without_a_model, finish, open_folder, resume_run
 from sb3_episodic_a2c.tools.runs import CONFIG, MODEL, RESULT, STATISTICS, Run
 from sb3_episodic_a2c.tools.vectorization import HELP as VECTORIZATION_HELP
 from sb3_episodic_a2c.tools.vectorization import VECTORIZATIONS, check_vectorization
 from sb3_episodic_a2c.tools.versions import versions
-from sb3_episodic_a2c.tools.zoo import ALGORITHMS, DEFAULT_ALGORITHM, config_path, register, store_dict_action
+from sb3_episodic_a2c.tools.zoo import (
+    ALGORITHMS,
+    DEFAULT_ALGORITHM,
+    config_path,
+    evaluate_kwargs,
+    register,
+    store_dict_action,
+)
 
 DEFAULT_TOTAL_TIMESTEPS = 500_000
 """Of the default preset."""
@@ -68,13 +87,20 @@ class SolveResult:
     reward_threshold: float | None
 
 
-def preset_entry(preset: str, algorithm: str, env_id: str, observation_space: spaces.Space) -> dict[str, Any]:
+def preset_entry(
+    preset: str,
+    algorithm: str,
+    env_id: str,
+    observation_space: spaces.Space,
+    env_kwargs: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """
     :param preset: ``"tuned"``: the environment's entry in our files for RL Zoo, or their default entry. ``"default"``: the
         defaults of the algorithm. ``"notebook"``: the notebook's setting
     :param algorithm: Zoo id of one of our algorithms
     :param env_id: Id of the environment
     :param observation_space: Decides the policy where the preset leaves it open
+    :param env_kwargs: What the environment cannot be made without
     :return: Hyperparameters as they stand in the Zoo's files
     :raises ValueError: There is no such preset or algorithm
     """
@@ -86,15 +112,22 @@ def preset_entry(preset: str, algorithm: str, env_id: str, observation_space: sp
         if algorithm != DEFAULT_ALGORITHM:
             raise ValueError(f"`algorithm` is {algorithm!r}, but the notebook has none of it. Use {DEFAULT_ALGORITHM!r}.")
         return read_entry(algorithm, env_id, str(config_path("notebook")))
-    entry = read_entry(algorithm, env_id)
+    entry = read_entry(algorithm, env_id, env_kwargs=env_kwargs)
     if preset == "default":
+        # What an environment needs is no hyperparameter: a wrapper of its observations, a limit where it has none of its own
+        environment = {"env_wrapper": entry.get("env_wrapper"), "env_kwargs": evaluation_env_kwargs(env_id, entry)}
         entry = {"policy": entry["policy"], "n_timesteps": DEFAULT_TOTAL_TIMESTEPS}
+        entry |= {name: value for name, value in environment.items() if value}
     if entry["policy"].startswith("Mlp"):
         # The files' default entries cannot know the environment
-        is_image = isinstance(observation_space, spaces.Box) and len(observation_space.shape) == 3
-        kind = "MultiInput" if isinstance(observation_space, spaces.Dict) else "Cnn" if is_image else "Mlp"
+        kind = "MultiInput" if isinstance(observation_space, spaces.Dict) else "Cnn" if _is_image(observation_space) else "Mlp"
         entry["policy"] = kind + entry["policy"].removeprefix("Mlp")
     return entry
+
+
+def _is_image(space: spaces.Space) -> bool:
+    """Whether SB3's ``NatureCNN`` can look at it: its kernels need 36 pixels. A smaller picture is a vector to us."""
+    return isinstance(space, spaces.Box) and is_image_space(space) and sorted(space.shape)[1] >= 36
 
 
 def solve(
@@ -151,12 +184,15 @@ def solve(
     register()
     import_packages(gym_packages)
     # Before the folder is made: an unknown environment or preset must not leave one behind
-    check_env(env_id)
+    given_env_kwargs = evaluate_kwargs((hyperparams or {}).get("env_kwargs"))
+    check_env(env_id, **given_env_kwargs)
     check_vectorization(vectorization, env_id)
-    probe = gym.make(env_id)
-    entry = preset_entry(preset, algorithm, env_id, probe.observation_space) | (hyperparams or {})
+    probe = gym.make(env_id, **given_env_kwargs)
+    entry = preset_entry(preset, algorithm, env_id, probe.observation_space, given_env_kwargs) | (hyperparams or {})
     if n_envs is not None:
         entry["n_envs"] = n_envs
+    if not entry.get("n_envs", 1) >= 1:
+        raise ValueError(f"`n_envs` is {entry['n_envs']}. It must be an integer >= 1.")
     if preset == "notebook" and entry.get("n_envs", 1) != 1:
         raise ValueError(f"`n_envs` is {entry['n_envs']}, but the notebook has one environment. Use 1, or another preset.")
     total_timesteps = total_timesteps or int(entry["n_timesteps"])
@@ -166,20 +202,22 @@ def solve(
     if reward_threshold is None and probe.spec is not None:
         reward_threshold = probe.spec.reward_threshold
     probe.close()
-    if gif and (reason := reason_against_pictures(env_id)) is not None:
+    if gif and (reason := reason_against_pictures(env_id, **given_env_kwargs)) is not None:
         print(f"There will be no GIF of {env_id}: {reason}")
         gif = False
     settings = _settings(env_id, algorithm, preset, seed, entry, gym_packages, vectorization)
+    manager = entry_manager(algorithm, env_id, entry, seed=seed, vectorization=vectorization)
+    device = "auto" if entry["policy"].startswith("Cnn") else "cpu"
+    _check_hyperparams(algorithm_class, {"seed": seed, "device": device, **manager.arguments})
     folder, lock = open_folder(settings, output, fresh)
-    manager = entry_manager(algorithm, env_id, entry, folder, seed, vectorization=vectorization)
+    manager.save_path = str(folder)
 
     def make_env(first_index: int) -> VecEnv:
         manager.first_index = first_index
         return manager.create_envs(manager.n_envs)
 
-    # Unlocks the folder whatever happens
-    with lock:
-        device = "auto" if entry["policy"].startswith("Cnn") else "cpu"
+    # Unlocks the folder whatever happens. What has learnt nothing must not be in the way of the next start
+    with lock, discarded_without_a_model(folder):
         model = resume_run(folder, make_env, device)
         # No mean reward exceeds infinity
         solved = StopTrainingOnSolved(np.inf if reward_threshold is None else reward_threshold)
@@ -203,34 +241,24 @@ def solve(
                     )
             finally:
                 # Also after Ctrl-C, so that what was learnt is kept
-                _save(model, entry, folder)
-                model.env.close()
+                if model.num_timesteps > 0:
+                    _save(model, entry, folder)
+                # Ctrl-C in a terminal has ended worker processes as well
+                with contextlib.suppress(BrokenPipeError, ConnectionError, EOFError):
+                    model.env.close()
             seconds = time.perf_counter() - start
             run = Run(folder, settings, entry)
             evaluation = _evaluate(run, model, n_eval_episodes, progress_bar)
+
+            plot = partial(plot_learning_curve, folder, env_id, reward_threshold, solved.solved_at)
+            _write_picture(
+                folder / "learning_curve.png", partial(plot, evaluation=evaluation, num_timesteps=model.num_timesteps)
+            )
+            gif_rewards = _write_gif(run, model, evaluation) if gif else []
         except (KeyboardInterrupt, SystemExit):
             print(_stopped(folder, model.num_timesteps, total_timesteps, solved.mean_reward), file=sys.stderr)
             raise
 
-        curve, agent = folder / "learning_curve.png", folder / "agent.gif"
-        _write_picture(
-            curve,
-            lambda: plot_learning_curve(
-                folder,
-                env_id,
-                reward_threshold,
-                solved.solved_at,
-                evaluation=evaluation,
-                num_timesteps=model.num_timesteps,
-            ),
-        )
-        gif_rewards: list[float] = []
-        if gif:
-            seed_shown = evaluation.seed + evaluation.typical
-            gif_rewards = (
-                _write_picture(agent, lambda: record_episodes(run, model, agent, seed=seed_shown, max_steps=MAX_GIF_STEPS))
-                or []
-            )
         result = SolveResult(
             *(env_id, seed, solved.solved_at, solved.mean_reward, model.num_timesteps, seconds, folder),
             evaluation=evaluation,
@@ -298,12 +326,41 @@ def _evaluate(run: Run, model: EpisodicA2C, n_episodes: int, progress_bar: bool)
         env.close()
 
 
+def _check_hyperparams(algorithm_class: type[EpisodicA2C], arguments: dict[str, Any]) -> None:
+    """
+    :param arguments: Those of the constructor, but for the environments
+    :raises ValueError: It would refuse one
+    """
+    # A variant passes on what it has in common with the base class
+    classes = [one for one in algorithm_class.__mro__ if issubclass(one, EpisodicA2C)]
+    known = [name for one in classes for name in inspect.signature(one).parameters if name not in ("args", "kwargs")]
+    for name in arguments:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"It has {', '.join(known)}."
+            raise ValueError(f"`hyperparams` hold {name!r}, which {algorithm_class.__name__} does not know. {hint}")
+    algorithm_class(env=None, _init_setup_model=False, **arguments)  # type: ignore[arg-type]  # SB3's `load` does so, too
+
+
 def _stopped(folder: Path, num_timesteps: int, total_timesteps: int, mean_reward: float) -> str:
+    stopped = f"Stopped after {num_timesteps:,} of {total_timesteps:,} env steps: {_training_reward(mean_reward)}."
+    if num_timesteps == 0:
+        return f"{stopped}\nNothing was learnt, so nothing was kept."
+    if not any((folder / CHECKPOINTS).glob("*.zip")):
+        return (
+            f"{stopped}\n{folder}/ holds {MODEL}, the agent as it is now. For a checkpoint it was too early: the same command "
+            "starts anew."
+        )
     return (
-        f"Stopped after {num_timesteps:,} of {total_timesteps:,} env steps: mean reward {mean_reward:.1f} over the last 100 "
-        f"training episodes.\n{folder}/ holds {MODEL}, the agent as it is now, and {CHECKPOINTS}/.\n"
+        f"{stopped}\n{folder}/ holds {MODEL}, the agent as it is now, and {CHECKPOINTS}/.\n"
         "The same command again goes on from the newest checkpoint; with --fresh it starts anew."
     )
+
+
+def _training_reward(mean_reward: float) -> str:
+    if np.isnan(mean_reward):
+        return "no training episode has ended"
+    return f"mean reward {mean_reward:.1f} over the last 100 training episodes"
 
 
 # ---------------------------------------------------------------------- what is written
@@ -317,6 +374,12 @@ def _write_picture(path: Path, write: Callable[[], Any]) -> Any:
         print(f"There is no {path.name}: {one_line(error)}")
         path.unlink(missing_ok=True)
         return None
+
+
+def _write_gif(run: Run, model: EpisodicA2C, evaluation: Evaluation) -> list[float]:
+    """A typical episode of the evaluation. Its reward; none if it cannot be shown."""
+    path, seed = run.folder / "agent.gif", evaluation.seed + evaluation.typical
+    return _write_picture(path, partial(record_episodes, run, model, path, seed=seed, max_steps=MAX_GIF_STEPS)) or []
 
 
 def plot_learning_curve(
@@ -385,7 +448,7 @@ def plot_learning_curve(
 
 def summary(result: SolveResult) -> str:
     """:return: What the command prints at its end"""
-    mean_reward = f"mean reward {result.mean_reward:.1f} over the last 100 training episodes"
+    mean_reward = _training_reward(result.mean_reward)
     evaluation, threshold = result.evaluation, result.reward_threshold
     is_above = threshold is not None and evaluation.mean_reward > threshold
     if result.solved_at is not None:

@@ -156,7 +156,19 @@ def store_dict_action() -> type[argparse.Action]:
     """:return: What parses the Zoo's ``-params NAME:VALUE ...``"""
     from rl_zoo3.utils import StoreDict
 
-    return StoreDict
+    class Hyperparameters(StoreDict):
+        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+            try:
+                super().__call__(parser, namespace, values, option_string)
+            except Exception as error:
+                # It evaluates what stands after the colon
+                raise argparse.ArgumentError(
+                    self,
+                    f"{type(error).__name__}: {error}. Each must be NAME:VALUE, the value as in Python, so a string in quotes "
+                    "of its own: learning_rate:\"'lin_0.01'\"",
+                ) from error
+
+    return Hyperparameters
 
 
 def evaluate_kwargs(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
