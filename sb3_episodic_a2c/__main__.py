@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         command = COMMANDS.get(argv[0]) if argv else None
         extra = missing_extra(error, "zoo" if is_zoo or command is None else command.extra)
         if extra is not None:
-            what = "a package is missing" if isinstance(error, gymnasium.error.Error) else str(error)
+            what = str(error) if isinstance(error, ImportError) else "a package is missing"
             print(f"error: {what}. Install it with: {install(extra)}", file=sys.stderr)
             return 1
         # The Zoo's errors keep their traceback, as in the Zoo, but for what it says of a package, e.g. wandb, without a name.

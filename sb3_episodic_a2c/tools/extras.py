@@ -1,5 +1,8 @@
 """The extras of this package, and which of them brings a package that is missing."""
 
+import importlib.util
+import re
+
 import gymnasium
 
 PACKAGES: dict[str, tuple[str, ...]] = {
@@ -41,6 +44,9 @@ def missing_extra(error: Exception, preferred: str | None = None) -> str | None:
     :param preferred: The extra to name if several bring the package
     :return: Name of the extra that brings it; None if none does
     """
+    if re.search(r"\bALE\b", str(error)) and importlib.util.find_spec("ale_py") is None:
+        # Gymnasium and RL Zoo only say that they do not know the game
+        return "atari"
     if isinstance(error, gymnasium.error.DependencyNotInstalled):
         return next((ours for theirs, ours in GYMNASIUM_EXTRAS.items() if f"gymnasium[{theirs}]" in str(error)), None)
     package = ((error.name if isinstance(error, ImportError) else None) or "").partition(".")[0]
