@@ -1,6 +1,5 @@
 """The rollout buffer: rows of vec-steps, cut into complete episodes, and the transitions available for training."""
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,12 +19,16 @@ from sb3_episodic_a2c.returns import (
 from sb3_episodic_a2c.samples import (
     EpisodeSegment,
     EpisodicRolloutBufferSamples,
+    ReadOnlyDict,
     RunningEpisodes,
     cut_episodes,
     episode_ends,
     flat_indices,
+    has_only_finite,
+    read_only,
     refuse_returns,
     rows_if_dense,
+    written,
 )
 from sb3_episodic_a2c.selection import TakeFinished, TransitionCounts
 
@@ -333,11 +336,11 @@ class EpisodicRolloutBuffer(BaseBuffer):
         first_row, end_row = rows_if_dense(self.episodes, self.n_envs)
         for name in [name for name in self._rows if name.startswith("observations") and self._rows[name].dtype.kind == "f"]:
             # All rows at once, and only if this fails, for which running episodes may be to blame, one by one
-            if end_row and _is_finite(self._rows[name][first_row:end_row]):
+            if end_row and has_only_finite(self._rows[name][first_row:end_row]):
                 continue
             for episode in self.episodes:
                 observations = self._rows[name][episode.first_row : episode.end_row, episode.env_index]
-                if not _is_finite(observations):
+                if not has_only_finite(observations):
                     is_finite = np.isfinite(observations.reshape(len(observations), -1)).all(axis=1)
                     step = int(np.flatnonzero(~is_finite)[0])
                     raise ValueError(
@@ -489,13 +492,13 @@ class EpisodicRolloutBuffer(BaseBuffer):
             raise ValueError(
                 f"The rollout buffer holds no {name!r} yet: read it in `on_rollout_end`, or after a step was made."
             )
-        return _read_only(np.array(self._gather(name, self._indices))[:, None])
+        return read_only(np.array(self._gather(name, self._indices))[:, None])
 
     @property
     def observations(self) -> np.ndarray | dict[str, np.ndarray]:
         """``(pos, 1, *obs_shape)``, or a dict of such arrays."""
         if self._is_dict:
-            return _ReadOnlyDict((key, self._copy_of(f"observations/{key}")) for key in self._keys("observations"))
+            return ReadOnlyDict((key, self._copy_of(f"observations/{key}")) for key in self._keys("observations"))
         return self._copy_of("observations")
 
     @property
@@ -515,7 +518,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         if self.full and self.episodes:
             lengths = self.episode_lengths
             starts[np.cumsum(lengths) - lengths] = 1.0
-        return _read_only(starts)
+        return read_only(starts)
 
     def _get_evaluations(self) -> tuple[np.ndarray, np.ndarray]:
         if self._evaluations is None:
@@ -525,12 +528,12 @@ class EpisodicRolloutBuffer(BaseBuffer):
     @property
     def values(self) -> np.ndarray:
         """``(pos, 1)`` predicted values, in the units of ``returns``."""
-        return _read_only(self._get_evaluations()[0].astype(np.float32).reshape(-1, 1))
+        return read_only(self._get_evaluations()[0].astype(np.float32).reshape(-1, 1))
 
     @property
     def log_probs(self) -> np.ndarray:
         """``(pos, 1)`` log-probabilities of the actions."""
-        return _read_only(self._get_evaluations()[1].astype(np.float32).reshape(-1, 1))
+        return read_only(self._get_evaluations()[1].astype(np.float32).reshape(-1, 1))
 
     @property
     def returns(self) -> np.ndarray:
@@ -539,7 +542,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
 
     @returns.setter
     def returns(self, returns: np.ndarray) -> None:
-        self._returns = self._check_written("returns", returns)
+        self._returns = written("returns", returns, self.pos)
 
     @property
     def advantages(self) -> np.ndarray:
@@ -557,16 +560,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
 
     @advantages.setter
     def advantages(self, advantages: np.ndarray) -> None:
-        self._advantages, self._computed_advantages = self._check_written("advantages", advantages), None
-
-    def _check_written(self, name: str, given: np.ndarray) -> np.ndarray:
-        array = np.array(given, dtype=np.float32)
-        if array.size != self.pos or not np.isfinite(array).all():
-            raise ValueError(
-                f"`{name}` has the shape {array.shape} and the sum {array.sum()}, but there are {self.pos} transitions. "
-                f"It must have one finite number for each, {(self.pos, 1)}: set it in `on_rollout_end`."
-            )
-        return array.reshape(-1, 1)
+        self._advantages, self._computed_advantages = written("advantages", advantages, self.pos), None
 
     def fix_advantages(self) -> None:
         """Give training the advantages that a callback has written, or generalized ones; otherwise it computes them itself."""
@@ -600,18 +594,3 @@ class EpisodicRolloutBuffer(BaseBuffer):
         ]
         scale = std + EPSILON if has_statistics else 1.0
         return (np.concatenate(advantages) / scale).astype(np.float32)
-
-
-def _is_finite(array: np.ndarray) -> bool:
-    """Takes no memory, unlike ``isfinite`` of all numbers. NaN passes through min and max."""
-    return not array.size or (math.isfinite(array.min()) and math.isfinite(array.max()))
-
-
-class _ReadOnlyDict(dict[str, np.ndarray]):
-    def __setitem__(self, key: str, value: np.ndarray) -> None:
-        raise ValueError(f"observations[{key!r}] cannot be set: these are copies, so it would have no effect.")
-
-
-def _read_only(array: np.ndarray) -> np.ndarray:
-    array.flags.writeable = False
-    return array

@@ -580,7 +580,6 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
                 losses = self._losses(samples.completed(baseline, log_prob), batch_values, log_prob, entropy)
                 # Gradients add up over the batches, as the loss is a sum
                 losses.total(self.vf_coef, ent_coef).backward()
-
                 values[part], log_probs[part] = batch_values.numpy(force=True), log_prob.numpy(force=True)
                 for name, term in losses.terms().items():
                     sums[name] = sums.get(name, 0.0) + term.item()
@@ -591,8 +590,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         self.rollout_buffer.set_evaluations(values, log_probs)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         with np.errstate(all="ignore"):
-            explained = explained_variance(values, self.rollout_buffer.returns[:, 0])
-        self.logger.record("train/explained_variance", explained)
+            self.logger.record("train/explained_variance", explained_variance(values, self.rollout_buffer.returns[:, 0]))
         for name, summed in sums.items():
             # Per transition, so that curves of episodes of different length compare
             self.logger.record(f"train/{name}", summed / n_transitions)

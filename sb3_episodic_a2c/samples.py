@@ -1,5 +1,6 @@
-"""Records of episodes and their transitions, and how transitions are cut into batches."""
+"""Records of episodes and their transitions, how transitions are cut into batches, and what others read and write of them."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -167,3 +168,41 @@ def cut_episodes(
         cuts = episode_ends[(episode_ends > start) & (episode_ends < end)]
         yield slice(start, end), np.diff([start, *cuts, end])
         start = end
+
+
+# ---------------------------------------------------------------------- arrays that others read and write
+
+
+class ReadOnlyDict(dict[str, np.ndarray]):
+    """Parts of observations: copies."""
+
+    def __setitem__(self, key: str, value: np.ndarray) -> None:
+        raise ValueError(f"observations[{key!r}] cannot be set: these are copies, so it would have no effect.")
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    """:return: The array, which cannot be written to any more"""
+    array.flags.writeable = False
+    return array
+
+
+def written(name: str, given: np.ndarray, n_transitions: int) -> np.ndarray:
+    """
+    :param name: What was set
+    :param given: One number for each transition
+    :param n_transitions: Number of transitions available for training
+    :return: ``(n_transitions, 1)`` float32, to train on
+    :raises ValueError: There are more or fewer numbers, or some are not finite
+    """
+    array = np.array(given, dtype=np.float32)
+    if array.size != n_transitions or not np.isfinite(array).all():
+        raise ValueError(
+            f"`{name}` has the shape {array.shape} and the sum {array.sum()}, but there are {n_transitions} transitions. "
+            f"It must have one finite number for each, {(n_transitions, 1)}: set it in `on_rollout_end`."
+        )
+    return array.reshape(-1, 1)
+
+
+def has_only_finite(array: np.ndarray) -> bool:
+    """Takes no memory, unlike ``isfinite`` of all numbers. NaN passes through min and max."""
+    return not array.size or (math.isfinite(array.min()) and math.isfinite(array.max()))
