@@ -25,6 +25,7 @@ from sb3_episodic_a2c.plain_mlp import (
     TORCH_ACTIVATIONS,
     Array,
     PlainMlp,
+    has_backward_hooks,
     numpy_layers,
     overridden_methods,
     reason_against_calls,
@@ -80,7 +81,7 @@ def treats_rows_alone(policy: Any) -> bool:
         (module is policy or type(module) in MODULES_OF_SINGLE_ROWS)
         and reason_against_calls(module) is None
         and not (isinstance(module, nn.Flatten) and module.start_dim == 0)
-        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not has_backward_hooks(module)
         for module in policy.modules()
     ) and not any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in policy.parameters())
 

@@ -213,6 +213,11 @@ def reason_against_calls(module: nn.Module) -> str | None:
     return None
 
 
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether something looks at the gradients that pass through the module."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 def _has_plain_critic(policy: ActorCriticPolicy) -> bool:
     """
     Whether ``evaluate_actions`` and ``predict_values`` only run the layers of actor and critic.
@@ -235,7 +240,7 @@ def _has_plain_critic(policy: ActorCriticPolicy) -> bool:
     return (
         _reason_against_layers(policy, critic) is None
         and reason_against_calls(extractor.value_net) is None
-        and not any(module._backward_hooks or module._backward_pre_hooks for module in (*containers, *actor, *critic))
+        and not any(has_backward_hooks(module) for module in (*containers, *actor, *critic))
         and all(parameter.is_cpu for module in (*actor, *critic) for parameter in _parameters(module))
         and (type(policy.action_dist) is not DiagGaussianDistribution or policy.log_std.is_cpu)
         # Not computed from other parameters, nor missing

@@ -488,15 +488,13 @@ def as_vec_env(env: Any) -> GymEnv:
 
 
 def _check_innermost(env: VecEnv) -> None:
-    wrappers, innermost = [], env
-    while isinstance(innermost, VecEnvWrapper):
-        wrappers.append(type(innermost).__name__)
-        innermost = innermost.venv
-    if isinstance(innermost, VectorEnv):
-        raise ValueError(
-            f"`env` is SB3's {wrappers[-1]} around {type(innermost).__name__}, a vector environment of gymnasium, which it "
-            f"cannot step. Wrap that first: {wrappers[-1]}(sb3_episodic_a2c.as_vec_env(...))."
-        )
+    while isinstance(env, VecEnvWrapper):
+        wrapper, env = type(env).__name__, env.venv
+        if isinstance(env, VectorEnv):
+            raise ValueError(
+                f"`env` is SB3's {wrapper} around {type(env).__name__}, a vector environment of gymnasium, which it cannot "
+                f"step. Wrap that first: {wrapper}(sb3_episodic_a2c.as_vec_env(...))."
+            )
 
 
 def wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:

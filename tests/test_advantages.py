@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -270,6 +271,30 @@ def test_advantages_of_another_size_are_refused(advantages: Any) -> None:
             buffer.advantages = np.full(buffer.size(), np.nan) if advantages is None else advantages
 
     EpisodicA2C("MlpPolicy", "CartPole-v1", seed=0, device="cpu").learn(200, callback=Write(write))
+
+
+def test_returns_may_be_set_in_any_precision() -> None:
+    def write(buffer: Any) -> None:
+        buffer.returns = buffer.returns + np.zeros(buffer.returns.shape)
+        assert buffer.returns.dtype == np.float32
+
+    assert EpisodicA2C("MlpPolicy", TargetEnv(), device="cpu").learn(20, callback=Write(write))._n_updates == 4
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(3), np.full(5, np.nan)])
+def test_returns_that_cannot_be_trained_on_are_named(wrong: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="`returns` has the shape"):
+        EpisodicA2C("MlpPolicy", TargetEnv(), device="cpu").learn(
+            20, callback=Write(lambda buffer: setattr(buffer, "returns", wrong))
+        )
+
+
+def test_a_part_of_the_observations_cannot_be_set() -> None:
+    env = TargetEnv(spaces.Dict({"vector": spaces.Box(-1, 1, (3,), np.float32)}))
+    with pytest.raises(ValueError, match="copies"):
+        EpisodicA2C("MultiInputPolicy", env, device="cpu").learn(
+            20, callback=Write(lambda buffer: buffer.observations.__setitem__("vector", 0))
+        )
 
 
 # ---------------------------------------------------------------------- environments that are reset from outside

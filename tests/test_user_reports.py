@@ -672,44 +672,6 @@ def test_an_evaluation_environment_keeps_the_statistics_that_it_shares() -> None
     assert np.isfinite(evaluation_env.obs_rms.mean).all() and env.obs_rms.count > 30
 
 
-class Writing(BaseCallback):
-    """Calls ``write(rollout_buffer)`` before each update."""
-
-    def __init__(self, write: Any) -> None:
-        super().__init__()
-        self.write = write
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_rollout_end(self) -> None:
-        self.write(self.model.rollout_buffer)  # type: ignore[attr-defined]
-
-
-def test_returns_may_be_set_in_any_precision() -> None:
-    def write(buffer: Any) -> None:
-        buffer.returns = buffer.returns + np.zeros(buffer.returns.shape)
-        assert buffer.returns.dtype == np.float32
-
-    assert EpisodicA2C("MlpPolicy", TargetEnv(), device="cpu").learn(20, callback=Writing(write))._n_updates == 4
-
-
-@pytest.mark.parametrize("wrong", [np.zeros(3), np.full(5, np.nan)])
-def test_returns_that_cannot_be_trained_on_are_named(wrong: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="`returns` has the shape"):
-        EpisodicA2C("MlpPolicy", TargetEnv(), device="cpu").learn(
-            20, callback=Writing(lambda buffer: setattr(buffer, "returns", wrong))
-        )
-
-
-def test_a_part_of_the_observations_cannot_be_set() -> None:
-    env = TargetEnv(spaces.Dict({"vector": spaces.Box(-1, 1, (3,), np.float32)}))
-    with pytest.raises(ValueError, match="copies"):
-        EpisodicA2C("MultiInputPolicy", env, device="cpu").learn(
-            20, callback=Writing(lambda buffer: buffer.observations.__setitem__("vector", 0))
-        )
-
-
 @pytest.mark.parametrize("change", ["compiled", "weight_norm", "pruned"])
 def test_the_values_of_a_changed_critic_do_not_jump(change: str) -> None:
     """Rescaled, or left as it is, but never in part."""

@@ -5,7 +5,6 @@ import contextlib
 import copy
 import difflib
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import gymnasium as gym
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_episodic_a2c.tools.extras import install
+from sb3_episodic_a2c.tools.extras import install, lacks_atari
 from sb3_episodic_a2c.tools.zoo import ALGORITHMS, config_path, experiment_manager_class
 
 TRAINING_ONLY = ("max_episode_steps",)
@@ -83,7 +82,6 @@ def entry_manager(
     algorithm: str,
     env_id: str,
     hyperparams: dict[str, Any],
-    folder: str | Path = "",
     seed: int = 0,
     env_kwargs: dict[str, Any] | None = None,
     statistics: Path | None = None,
@@ -95,13 +93,13 @@ def entry_manager(
     :param algorithm: Zoo id of the algorithm
     :param env_id: Id of the environment
     :param hyperparams: The entry
-    :param folder: Where training environments write their ``*.monitor.csv``
     :param seed: Seed of the environments
     :param env_kwargs: Further arguments of evaluation environments, e.g. ``render_mode``
     :param statistics: Saved statistics of ``VecNormalize``, for environments of an agent that is trained no more
     :param vectorization: Of training environments, see :func:`sb3_episodic_a2c.tools.vectorization.make_vec_env`
-    :return: The manager. ``create_envs`` makes the environments, with all that the entry wraps them in, and logs numbered
-        from its ``first_index``; ``arguments`` are those of the algorithm's constructor; ``callbacks`` are the entry's own
+    :return: The manager. ``create_envs`` makes the environments, with all that the entry wraps them in, and training logs in
+        its ``save_path``, numbered from its ``first_index``; ``arguments`` are those of the algorithm's constructor;
+        ``callbacks`` are the entry's own
     """
     manager_class: Any = experiment_manager_class()
 
@@ -126,7 +124,6 @@ def entry_manager(
     # Copies: the Zoo deletes entries
     preprocessed = manager._preprocess_hyperparams(copy.deepcopy(hyperparams))
     manager.arguments, manager.env_wrapper, manager.callbacks, manager.vec_env_wrapper = preprocessed
-    manager.save_path = str(folder)
     return manager
 
 
@@ -155,7 +152,7 @@ def check_env(env_id: str, **env_kwargs: Any) -> None:
     if env_id not in gym.registry:
         close = difflib.get_close_matches(env_id, list(gym.registry), n=1)
         hint = f"Did you mean {close[0]!r}?" if close else "Name the module that registers it (--gym-packages)."
-        if env_id.startswith("ALE/") and importlib.util.find_spec("ale_py") is None:
+        if lacks_atari(env_id):
             hint = f"Atari games need a package that is missing. Install it with: {install('atari')}"
         raise ValueError(f"`env` {env_id!r} is no registered environment. {hint}")
     # A package that it needs may be missing, e.g. Box2D

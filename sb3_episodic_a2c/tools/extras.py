@@ -38,13 +38,21 @@ def install(extra: str) -> str:
     return f"pip install 'sb3-episodic-a2c[{extra}]'"
 
 
+def lacks_atari(text: str) -> bool:
+    """
+    :param text: Id of an environment, or what was said of one
+    :return: Whether it is an Atari game, without the package that registers them
+    """
+    return re.search(r"\bALE\b", text) is not None and importlib.util.find_spec("ale_py") is None
+
+
 def missing_extra(error: Exception, preferred: str | None = None) -> str | None:
     """
     :param error: Raised where a package is missing
     :param preferred: The extra to name if several bring the package
     :return: Name of the extra that brings it; None if none does
     """
-    if re.search(r"\bALE\b", str(error)) and importlib.util.find_spec("ale_py") is None:
+    if lacks_atari(str(error)):
         # Gymnasium and RL Zoo only say that they do not know the game
         return "atari"
     if isinstance(error, gymnasium.error.DependencyNotInstalled):

@@ -120,7 +120,12 @@ def _check_unused(folder: Path, fresh: bool) -> None:
 
 
 def _files_of_training(folder: Path) -> list[Path]:
-    return [*(folder / CHECKPOINTS).glob("*.zip"), *folder.glob("*.monitor.csv")]
+    return [*checkpoints_in(folder), *folder.glob("*.monitor.csv")]
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """:return: The checkpoints of an unfinished run, which may not have come to one yet"""
+    return list((folder / CHECKPOINTS).glob("*.zip"))
 
 
 @contextlib.contextmanager
@@ -129,7 +134,7 @@ def discarded_without_a_model(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not (folder / "model.zip").exists() and not any((folder / CHECKPOINTS).glob("*.zip")):
+        if not (folder / "model.zip").exists() and not checkpoints_in(folder):
             for path in _files_of_training(folder):
                 path.unlink()
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

@@ -38,7 +38,14 @@ from sb3_episodic_a2c.tools.entries import (
 )
 from sb3_episodic_a2c.tools.greedy import Evaluation, evaluate
 from sb3_episodic_a2c.tools.record import one_line, reason_against_pictures, record_episodes
-from sb3_episodic_a2c.tools.run_folder import CHECKPOINTS, discarded_without_a_model, finish, open_folder, resume_run
+from sb3_episodic_a2c.tools.run_folder import (
+    CHECKPOINTS,
+    checkpoints_in,
+    discarded_without_a_model,
+    finish,
+    open_folder,
+    resume_run,
+)
 from sb3_episodic_a2c.tools.runs import CONFIG, MODEL, RESULT, STATISTICS, Run
 from sb3_episodic_a2c.tools.vectorization import HELP as VECTORIZATION_HELP
 from sb3_episodic_a2c.tools.vectorization import VECTORIZATIONS, check_vectorization
@@ -175,7 +182,7 @@ def solve(
     :return: What happened
     :raises ValueError: An argument is out of its range, or ``output`` holds another run
     """
-    for name, value in {"n_envs": n_envs, "total_timesteps": total_timesteps, "n_eval_episodes": n_eval_episodes}.items():
+    for name, value in {"total_timesteps": total_timesteps, "n_eval_episodes": n_eval_episodes}.items():
         if value is not None and value < 1:
             raise ValueError(f"`{name}` is {value}. It must be an integer >= 1.")
     for package in ("matplotlib", "pandas"):
@@ -191,10 +198,11 @@ def solve(
     entry = preset_entry(preset, algorithm, env_id, probe.observation_space, given_env_kwargs) | (hyperparams or {})
     if n_envs is not None:
         entry["n_envs"] = n_envs
-    if not entry.get("n_envs", 1) >= 1:
-        raise ValueError(f"`n_envs` is {entry['n_envs']}. It must be an integer >= 1.")
-    if preset == "notebook" and entry.get("n_envs", 1) != 1:
-        raise ValueError(f"`n_envs` is {entry['n_envs']}, but the notebook has one environment. Use 1, or another preset.")
+    n_envs = entry.get("n_envs", 1)
+    if n_envs < 1:
+        raise ValueError(f"`n_envs` is {n_envs}. It must be an integer >= 1.")
+    if preset == "notebook" and n_envs != 1:
+        raise ValueError(f"`n_envs` is {n_envs}, but the notebook has one environment. Use 1, or another preset.")
     total_timesteps = total_timesteps or int(entry["n_timesteps"])
     algorithm_class = ALGORITHMS[algorithm]
     if "env_wrapper" not in entry:
@@ -346,7 +354,7 @@ def _stopped(folder: Path, num_timesteps: int, total_timesteps: int, mean_reward
     stopped = f"Stopped after {num_timesteps:,} of {total_timesteps:,} env steps: {_training_reward(mean_reward)}."
     if num_timesteps == 0:
         return f"{stopped}\nNothing was learnt, so nothing was kept."
-    if not any((folder / CHECKPOINTS).glob("*.zip")):
+    if not checkpoints_in(folder):
         return (
             f"{stopped}\n{folder}/ holds {MODEL}, the agent as it is now. For a checkpoint it was too early: the same command "
             "starts anew."
