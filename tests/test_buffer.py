@@ -52,6 +52,7 @@ episode_lengths = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5),
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=episode_lengths,
+    copies=st.sampled_from([1, 1, 32]),  # with many environments, returns are computed row by row
     is_dict=st.booleans(),
     n_wanted=st.integers(1, 6),
     n_rollouts=st.integers(1, 8),
@@ -63,6 +64,7 @@ episode_lengths = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5),
 )
 def test_buffer_equals_a_brute_force_reference(
     lengths: list[list[int]],
+    copies: int,
     is_dict: bool,
     n_wanted: int,
     n_rollouts: int,
@@ -74,7 +76,7 @@ def test_buffer_equals_a_brute_force_reference(
 ) -> None:
     """``max_rows`` cuts rollouts short, as the budget of ``learn`` does."""
     rng = np.random.default_rng(seed)
-    world = World(lengths, is_dict)
+    world = World(lengths * copies, is_dict)
     n_envs = world.n_envs
     n_wanted = max(n_wanted, n_envs)
     space = DICT if is_dict else BOX

@@ -16,7 +16,8 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_episodic_a2c import EpisodicA2C, SharedMlpPolicy
-from sb3_episodic_a2c.evaluation import evaluate_actions, predict_values
+from sb3_episodic_a2c.actors import make_actor
+from sb3_episodic_a2c.evaluation import _Tanh, evaluate_actions, predict_values
 from sb3_episodic_a2c.plain_mlp import NUMPY_ACTIVATIONS, TORCH_ACTIVATIONS, PlainMlp, inspect
 from sb3_episodic_a2c.samples import EpisodicRolloutBufferSamples
 from tests.test_actors import BOX, Residual, make_policy
@@ -98,6 +99,43 @@ def test_values_and_gradients_are_autograds(
         tolerance = 1e-5 if index < 3 else 1e-4
         atol = tolerance * max(1.0, float(tensor.abs().max()))
         np.testing.assert_allclose(our_tensor.numpy(), tensor.expand_as(our_tensor).numpy(), rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("action_space", [spaces.Discrete(3), spaces.Box(-1, 1, (2,))], ids=["Discrete", "Box"])
+def test_many_transitions(action_space: spaces.Space) -> None:
+    """Their tanh is NumPy's, and the products of the actor in collecting are torch's."""
+    n = 1000
+    policy = make_policy(action_space)
+    samples, weights, plain = make_samples(policy, n), th.randn(3, n), find_plain(policy)
+    with np.errstate(all="raise"):
+        ours = evaluate_and_differentiate(policy, lambda: evaluate_actions(policy, samples, plain), weights)
+    expected = evaluate_and_differentiate(
+        policy, lambda: policy.evaluate_actions(samples.observations, samples.actions), weights
+    )
+    for our_tensor, tensor in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(our_tensor, tensor.expand_as(our_tensor), rtol=1e-4, atol=1e-4 * float(tensor.abs().max()))  # type: ignore[arg-type,union-attr]
+    observations = samples.observations.numpy()
+    _, output = make_actor(policy, "numpy", np.random.default_rng(0)).latent_and_output(observations)
+    with th.no_grad():
+        latent = policy.mlp_extractor.forward_actor(samples.observations)
+        np.testing.assert_allclose(output, policy.action_net(latent), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(predict_values(policy, observations, plain), ours[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_second_derivative_of_tanh() -> None:
+    x = th.linspace(-3, 3, 7, dtype=th.float64, requires_grad=True)
+    assert th.autograd.gradcheck(_Tanh.apply, x)
+    assert th.autograd.gradgradcheck(_Tanh.apply, x)
+
+
+def test_half_precision() -> None:
+    policy = make_policy(spaces.Discrete(3))
+    samples = make_samples(policy, 1000)
+    with th.autocast("cpu", dtype=th.bfloat16):
+        values, *_ = evaluate_actions(policy, samples, find_plain(policy))
+    np.testing.assert_allclose(
+        values.detach().float(), policy.predict_values(samples.observations).flatten().detach(), atol=0.05
+    )
 
 
 def test_frozen_parameters_get_no_gradient() -> None:
