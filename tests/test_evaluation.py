@@ -133,9 +133,9 @@ def test_half_precision() -> None:
     samples = make_samples(policy, 1000)
     with th.autocast("cpu", dtype=th.bfloat16):
         values, *_ = evaluate_actions(policy, samples, find_plain(policy))
-    np.testing.assert_allclose(
-        values.detach().float(), policy.predict_values(samples.observations).flatten().detach(), atol=0.05
-    )
+        expected = policy.predict_values(samples.observations).flatten()
+    assert values.dtype == th.bfloat16
+    np.testing.assert_allclose(values.detach().float(), expected.detach().float(), rtol=0.02, atol=0.02)
 
 
 def test_frozen_parameters_get_no_gradient() -> None:
