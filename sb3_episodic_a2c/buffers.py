@@ -11,8 +11,7 @@ from stable_baselines3.common.buffers import BaseBuffer
 from sb3_episodic_a2c.returns import (
     EPSILON,
     ReturnStatistics,
-    discounted_returns,
-    discounted_returns_of_columns,
+    discounted_returns_of_episodes,
     generalized_advantages,
     unstandardize,
 )
@@ -22,12 +21,10 @@ from sb3_episodic_a2c.samples import (
     ReadOnlyDict,
     RunningEpisodes,
     cut_episodes,
-    episode_ends,
     flat_indices,
     has_only_finite,
     read_only,
     refuse_returns,
-    rows_if_dense,
     written,
 )
 from sb3_episodic_a2c.selection import TakeFinished, TransitionCounts
@@ -311,21 +308,19 @@ class EpisodicRolloutBuffer(BaseBuffer):
         rewards = self._rows.get("rewards")
         if rewards is None or not self.episodes:
             return np.zeros(0)
-        first_row, end_row = rows_if_dense(self.episodes, self.n_envs)
-        if end_row:
-            ends = episode_ends(self.episodes, first_row)
-            columns = discounted_returns_of_columns(rewards[first_row:end_row], gamma, ends)
-            returns = columns.reshape(-1).take(flat_indices(self.episodes, self.n_envs) - first_row * self.n_envs)
-        else:
-            returns = np.concatenate(
-                [
-                    discounted_returns(rewards[start:end, env_index], gamma, terminal_value)
-                    for env_index, start, end, terminal_value in self.episodes
-                ]
-            )
+        returns = discounted_returns_of_episodes(self._episode_rewards(), self.episode_lengths, gamma, self._terminal_values())
         if not np.isfinite(returns).all():
             refuse_returns(self.episodes, returns, rewards)
         return returns
+
+    def _episode_rewards(self) -> np.ndarray:
+        """Rewards of the complete episodes ``(n_transitions,)``, concatenated."""
+        rewards = self._rows["rewards"]
+        return np.concatenate([rewards[start:end, env_index] for env_index, start, end, _ in self.episodes])
+
+    def _terminal_values(self) -> np.ndarray:
+        """Values of what follows the complete episodes, ``(n_episodes,)``."""
+        return np.array([episode.terminal_value for episode in self.episodes], dtype=np.float64)
 
     def check_observations(self) -> None:
         """
@@ -333,10 +328,13 @@ class EpisodicRolloutBuffer(BaseBuffer):
 
         :raises ValueError: It names the environment and the step
         """
-        first_row, end_row = rows_if_dense(self.episodes, self.n_envs)
+        first_row = min((episode.first_row for episode in self.episodes), default=0)
+        end_row = max((episode.end_row for episode in self.episodes), default=0)
+        # Reading rows that hold little of these episodes would take longer
+        is_dense = (end_row - first_row) * self.n_envs <= 8 * self.episode_lengths.sum()
         for name in [name for name in self._rows if name.startswith("observations") and self._rows[name].dtype.kind == "f"]:
             # All rows at once, and only if this fails, for which running episodes may be to blame, one by one
-            if end_row and has_only_finite(self._rows[name][first_row:end_row]):
+            if is_dense and has_only_finite(self._rows[name][first_row:end_row]):
                 continue
             for episode in self.episodes:
                 observations = self._rows[name][episode.first_row : episode.end_row, episode.env_index]
@@ -580,17 +578,8 @@ class EpisodicRolloutBuffer(BaseBuffer):
         mean, std = self._units.mean, self._units.std
         has_statistics = self._units.count > 0
         raw_values = unstandardize(values.astype(np.float64), mean, std) if has_statistics else values
-        rewards = self._rows["rewards"]
-        parts = np.split(raw_values, np.cumsum(self.episode_lengths)[:-1])
-        advantages = [
-            generalized_advantages(
-                rewards[episode.first_row : episode.end_row, episode.env_index],
-                part,
-                self._gamma,
-                self._gae_lambda,
-                episode.terminal_value,
-            )
-            for episode, part in zip(self.episodes, parts, strict=True)
-        ]
+        advantages = generalized_advantages(
+            self._episode_rewards(), raw_values, self._gamma, self._gae_lambda, self._terminal_values(), self.episode_lengths
+        )
         scale = std + EPSILON if has_statistics else 1.0
-        return (np.concatenate(advantages) / scale).astype(np.float32)
+        return (advantages / scale).astype(np.float32)

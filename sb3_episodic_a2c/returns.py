@@ -1,6 +1,6 @@
 """Monte Carlo returns and their standardisation. Pure functions on NumPy arrays."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -12,6 +12,9 @@ EPSILON = float(np.finfo(np.float32).eps)
 
 RETURN_MEMORY = 20_000
 """Effective memory, in transitions, of the running statistics."""
+
+MANY_EPISODES = 30
+"""As many episodes of the same length are faster worked on together, a step of all at once, than one by one."""
 
 
 @dataclass(frozen=True)
@@ -53,38 +56,45 @@ def discounted_returns(rewards: np.ndarray, gamma: float, terminal_value: float 
     return returns[:0:-1]
 
 
-def discounted_returns_of_columns(
-    rewards: np.ndarray, gamma: float, ends: Mapping[int, tuple[Sequence[int], Sequence[float]]]
+def discounted_returns_of_episodes(
+    rewards: np.ndarray, lengths: np.ndarray, gamma: float, terminal_values: np.ndarray
 ) -> np.ndarray:
     """
-    :func:`discounted_returns` of many episodes at once, to the last bit: one pass over the steps, backward.
+    :func:`discounted_returns` of several episodes, to the last bit.
 
-    :param rewards: ``(T, n_envs)`` rewards; a column may hold several episodes, one after the other
+    :param rewards: ``(n_transitions,)`` rewards, the episodes concatenated
+    :param lengths: ``(n_episodes,)`` numbers of steps, each at least 1
     :param gamma: Discount factor
-    :param ends: By the last row of an episode: the columns in which one ends there, and their terminal values
-    :return: ``(T, n_envs)`` float64 returns. Those of steps that belong to no episode mean nothing
+    :param terminal_values: ``(n_episodes,)`` values, in reward units, of the states after the last steps
+    :return: ``(n_transitions,)`` float64 returns
     """
-    returns = np.empty(rewards.shape)
-    future = np.zeros(rewards.shape[1])
-    # Steps that belong to no episode may overflow
+    ends = np.cumsum(lengths)
+    if len(rewards) < MANY_EPISODES * lengths.max(initial=0):
+        parts = zip(np.split(rewards, ends[:-1]), terminal_values.tolist(), strict=True)
+        return np.concatenate([discounted_returns(part, gamma, terminal_value) for part, terminal_value in parts])
+    # Backward from the ends, a step of all episodes at once; the longest come first, so that those still going on do
+    order = np.argsort(-lengths, kind="stable")
+    ends = ends[order]
+    returns, future = rewards.astype(np.float64), terminal_values[order]
+    n_with_more = np.searchsorted(-lengths[order], -np.arange(lengths.max(initial=0)))
     with np.errstate(all="ignore"):
-        for row in range(len(rewards) - 1, -1, -1):
-            if row in ends:
-                columns, terminal_values = ends[row]
-                # A copy: it is a row of the result
-                future = future.copy()
-                future[columns] = terminal_values
-            np.multiply(future, gamma, out=returns[row])
-            returns[row] += rewards[row]
-            future = returns[row]
+        for step, n in enumerate(n_with_more.tolist(), start=1):
+            steps = ends[:n] - step
+            future = returns[steps] + gamma * future[:n]
+            returns[steps] = future
     return returns
 
 
 def generalized_advantages(
-    rewards: np.ndarray, values: np.ndarray, gamma: float, gae_lambda: float, terminal_value: float = 0.0
+    rewards: np.ndarray,
+    values: np.ndarray,
+    gamma: float,
+    gae_lambda: float,
+    terminal_value: float | np.ndarray = 0.0,
+    lengths: np.ndarray | None = None,
 ) -> np.ndarray:
     r"""
-    Generalized advantage of every step of one complete episode.
+    Generalized advantage of every step of complete episodes.
 
     .. math:: A_t = \sum_k (\gamma \lambda)^k \delta_{t+k}, \qquad \delta_t = r_t + \gamma V(s_{t+1}) - V(s_t)
 
@@ -95,12 +105,17 @@ def generalized_advantages(
     :param values: ``(T,)`` values of the states that the actions were taken in, in reward units
     :param gamma: Discount factor
     :param gae_lambda: :math:`\lambda`, from 0 to 1: how far to trust rewards rather than values
-    :param terminal_value: Value, in reward units, of the state after the last step: 0 if the episode terminated
+    :param terminal_value: Value, in reward units, of the state after the last step of an episode, ``(n_episodes,)`` or one for
+        all: 0 if it terminated
+    :param lengths: ``(n_episodes,)`` numbers of steps of episodes that are concatenated; None for one episode
     :return: ``(T,)`` float64 advantages in reward units
     """
     rewards, values = rewards.astype(np.float64), values.astype(np.float64)
-    deltas = rewards + gamma * np.append(values[1:], terminal_value) - values
-    return discounted_returns(deltas, gamma * gae_lambda)
+    lengths = np.array([len(rewards)]) if lengths is None else lengths
+    next_values = np.append(values[1:], 0.0)
+    next_values[np.cumsum(lengths) - 1] = terminal_value
+    deltas = rewards + gamma * next_values - values
+    return discounted_returns_of_episodes(deltas, lengths, gamma * gae_lambda, np.zeros(len(lengths)))
 
 
 def standardize(returns: np.ndarray, mean: float, std: float) -> np.ndarray:

@@ -66,36 +66,6 @@ class EpisodicRolloutBufferSamples(NamedTuple):
         )
 
 
-def rows_if_dense(episodes: Sequence[EpisodeSegment], n_envs: int) -> tuple[int, int]:
-    """
-    :param episodes: Complete episodes
-    :param n_envs: Number of environments
-    :return: Their rows, if these hold so many transitions that it is faster to work row by row, all environments at once;
-        otherwise (0, 0)
-    """
-    if not episodes:
-        return 0, 0
-    first_row = min(episode.first_row for episode in episodes)
-    end_row = max(episode.end_row for episode in episodes)
-    n_transitions = sum(episode.end_row - episode.first_row for episode in episodes)
-    # A row of 64 environments costs as much as 22 transitions one by one, of 512 as 37, of 2,048 as 77
-    return (first_row, end_row) if n_transitions >= (end_row - first_row) * (20 + n_envs / 32) else (0, 0)
-
-
-def episode_ends(episodes: Sequence[EpisodeSegment], first_row: int = 0) -> dict[int, tuple[list[int], list[float]]]:
-    """
-    :param episodes: Complete episodes
-    :param first_row: The row that counts as row 0
-    :return: By the last row of an episode: the environments whose episode ends there, and the values of what follows
-    """
-    ends: dict[int, tuple[list[int], list[float]]] = {}
-    for episode in episodes:
-        env_indices, values = ends.setdefault(episode.end_row - 1 - first_row, ([], []))
-        env_indices.append(episode.env_index)
-        values.append(episode.terminal_value)
-    return ends
-
-
 def flat_indices(segments: Sequence[tuple[Any, ...]], n_envs: int) -> np.ndarray:
     """
     Where transitions lie in arrays flattened over (row, environment).

@@ -1,7 +1,5 @@
 """Returns and their standardisation: fixed numbers, identities, and properties."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +10,8 @@ from sb3_episodic_a2c.returns import (
     EPSILON,
     ReturnStatistics,
     discounted_returns,
-    discounted_returns_of_columns,
+    discounted_returns_of_episodes,
+    generalized_advantages,
     standardize,
     standardize_returns,
     unstandardize,
@@ -126,21 +125,19 @@ def test_initial_statistics_leave_an_untrained_critics_value_alone() -> None:
     assert unstandardize(np.array([0.3]), statistics.mean, statistics.std) == pytest.approx([0.3])
 
 
-@given(st.data(), st.floats(0, 1))
-def test_returns_of_many_episodes_at_once_are_those_of_each_to_the_last_bit(data: st.DataObject, gamma: float) -> None:
-    n_envs = data.draw(st.integers(1, 4))
-    rewards = data.draw(arrays(np.float32, (12, n_envs), elements=finite_floats))
-    episodes = [
-        (env_index, first_row, end_row, data.draw(finite_floats))
-        for env_index in range(n_envs)
-        for first_row, end_row in pairwise(sorted(data.draw(st.sets(st.integers(0, 12), min_size=2))))
-    ]
-    ends: dict[int, tuple[list[int], list[float]]] = {}
-    for env_index, _, end_row, terminal_value in episodes:
-        env_indices, values = ends.setdefault(end_row - 1, ([], []))
-        env_indices.append(env_index)
-        values.append(terminal_value)
-    columns = discounted_returns_of_columns(rewards, gamma, ends)
-    for env_index, first_row, end_row, terminal_value in episodes:
-        returns = discounted_returns(rewards[first_row:end_row, env_index], gamma, terminal_value)
-        np.testing.assert_array_equal(columns[first_row:end_row, env_index], returns)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=120), st.floats(0, 1), st.integers(0, 10_000))
+def test_returns_of_many_episodes_at_once_are_those_of_each_to_the_last_bit(
+    lengths: list[int], gamma: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    rewards, values = rng.normal(size=(2, sum(lengths))).astype(np.float32)
+    terminal_values = rng.normal(size=len(lengths))
+    cuts = np.cumsum(lengths)[:-1]
+    of_all = discounted_returns_of_episodes(rewards, np.array(lengths), gamma, terminal_values)
+    advantages = generalized_advantages(rewards, values, gamma, 0.7, terminal_values, np.array(lengths))
+    parts = (np.split(array, cuts) for array in (rewards, values, of_all, advantages))
+    for index, (some_rewards, some_values, returns, some_advantages) in enumerate(zip(*parts, strict=True)):
+        terminal_value = float(terminal_values[index])
+        np.testing.assert_array_equal(returns, discounted_returns(some_rewards, gamma, terminal_value))
+        expected = generalized_advantages(some_rewards, some_values, gamma, 0.7, terminal_value)
+        np.testing.assert_array_equal(some_advantages, expected)
