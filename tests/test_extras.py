@@ -89,6 +89,7 @@ def make_environment(tmp_path_factory: pytest.TempPathFactory) -> object:
                 ("atari", ("zoo",), "train --env ALE/Pong-v5 -n 100"),
                 ("atari", ("solve",), "bench --env ALE/Pong-v5 --n-envs 1 --no-extra --no-memory"),
                 ("envpool", ("compare",), "compare --env CartPole-v1 --vectorization envpool --seeds 1"),
+                ("envpool", ("zoo",), "train --env CartPole-v1 --vec-env envpool -n 100"),
                 ("dask", ("compare",), "compare --env CartPole-v1 --backend dask"),
                 ("ray", ("compare",), "compare --env CartPole-v1 --backend ray"),
             )

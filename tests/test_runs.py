@@ -59,6 +59,18 @@ def test_enjoy_plays_a_run(run_folder: Path, tmp_path: Path, capfd: pytest.Captu
     assert not any(tmp_path.iterdir())
 
 
+def test_enjoy_plays_a_masked_agent_that_ignores_masks(tmp_path: Path) -> None:
+    hyperparams = {"use_masking": False}
+    settings: dict[str, Any] = {"progress_bar": False, "n_eval_episodes": 2, "gif": False}
+    folder = tmp_path / "run"
+    solve(
+        "CartPole-v1", algorithm="episodic_a2c_mask", hyperparams=hyperparams, total_timesteps=400, output=folder, **settings
+    )
+    process = run_command("enjoy", "--run", str(folder), "--no-render", "-n", "300", cwd=tmp_path, environment=ENVIRONMENT)
+    assert process.returncode == 0, process.stderr
+    assert "Mean reward: " in process.stdout
+
+
 @pytest.mark.parametrize("command", ["enjoy", "gif -o x.gif", "card"])
 def test_a_folder_that_is_no_run_is_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([*command.split(), "--run", str(tmp_path)]) == 1

@@ -272,9 +272,11 @@ def test_a_text_among_the_observations_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_help_is_the_zoos(tmp_path: Path) -> None:
+def test_help_is_the_zoos_with_defaults(tmp_path: Path) -> None:
     for command in ZOO_COMMANDS:
-        assert "[-h]" in run(command, "--help", cwd=tmp_path)
+        output = run(command, "--help", cwd=tmp_path)
+        assert "Example: " in output and "[-h]" in output and "(default: " in output
+        assert "Given before your arguments: " in output
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture) -> None:

@@ -130,7 +130,7 @@ def enjoy(folder: str | Path, arguments: list[str]) -> None:
     :param arguments: The Zoo's other arguments
     """
     run = Run.read(folder)
-    if run.algorithm == "episodic_a2c_mask":
+    if run.algorithm == "episodic_a2c_mask" and run.hyperparams.get("use_masking", True):
         raise ValueError(
             f"`run` {folder} is of an agent with action masks, and RL Zoo's `enjoy` gives it none. Play it from Python:\n"
             + run.snippet()

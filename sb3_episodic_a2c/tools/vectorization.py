@@ -11,7 +11,6 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from stable_baselines3.common import env_util
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_episodic_a2c.tools.extras import install
 from sb3_episodic_a2c.vector import GymnasiumVecEnv
 
 VECTORIZATIONS = ("dummy", "subproc", "gymnasium", "envpool")
@@ -27,7 +26,8 @@ def check_vectorization(vectorization: str, env_id: str) -> None:
     """
     :param vectorization: One of :data:`VECTORIZATIONS`
     :param env_id: Id of the environment
-    :raises ValueError: It is none of them, or EnvPool is not installed or does not have the environment
+    :raises ValueError: It is none of them, or EnvPool does not have the environment
+    :raises ModuleNotFoundError: EnvPool is not installed
     """
     if vectorization not in VECTORIZATIONS:
         raise ValueError(f"`vectorization` {vectorization!r} is unknown. Use one of {VECTORIZATIONS}.")
@@ -36,9 +36,7 @@ def check_vectorization(vectorization: str, env_id: str) -> None:
     try:
         envpool = importlib.import_module("envpool")
     except ImportError as error:
-        raise ValueError(
-            f"`vectorization` is 'envpool', which is not installed. Install it with: {install('envpool')}"
-        ) from error
+        raise ModuleNotFoundError("`vectorization` is 'envpool', and EnvPool is not installed", name="envpool") from error
     if env_id not in envpool.list_all_envs():
         raise ValueError(f"`env` {env_id} is not in EnvPool: use one of `envpool.list_all_envs()`, or another vectorization.")
 
@@ -75,7 +73,8 @@ def make_vec_env(
     :param wrapper_kwargs: Arguments of the wrapper
     :param kwargs: Further arguments of SB3's function, which mean nothing to the last two
     :return: The environments
-    :raises ValueError: EnvPool is not installed, does not have the environment, or is to apply a wrapper
+    :raises ValueError: EnvPool does not have the environment, or is to apply a wrapper
+    :raises ModuleNotFoundError: EnvPool is not installed
     """
     check_vectorization(vectorization, env_id)
     env_kwargs, wrapper_kwargs = env_kwargs or {}, wrapper_kwargs or {}

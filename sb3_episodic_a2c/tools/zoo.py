@@ -305,7 +305,13 @@ def launch(command: str, arguments: list[str]) -> None:
         # The Zoo's parser does not know them
         arguments = _without(arguments, "--vec-env")
     with contextlib.ExitStack() as stack:
-        argv = [f"python -m sb3_episodic_a2c {command}", *_default_arguments(command, arguments), *arguments]
+        defaults = _default_arguments(command, arguments)
+        argv = [f"python -m sb3_episodic_a2c {command}", *defaults, *arguments]
+        if {"-h", "--help"} & set(arguments):
+            # The Zoo's help names no defaults
+            print(f"Given before your arguments: {' '.join(defaults) or 'none'}\n")
+            with_default = argparse.ArgumentDefaultsHelpFormatter._get_help_string
+            stack.enter_context(_replaced(argparse.HelpFormatter, "_get_help_string", with_default))
         stack.enter_context(_replaced(sys, "argv", argv))
         if command in ("plot_train", "all_plots", "plot_from_file"):
             getattr(importlib.import_module("rl_zoo3.plots"), command)()
