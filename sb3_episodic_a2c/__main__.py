@@ -53,6 +53,10 @@ COMMANDS = {
         *("card", "solve", "write a model card beside the model of a run of solve, as the Hugging Face hub shows it"),
         "card --run runs/CartPole-v1-tuned-seed0",
     ),
+    "export": Command(
+        *("export", "export", "write the greedy agent of a run of solve as an ONNX model"),
+        "export --run runs/CartPole-v1-tuned-seed0 -o agent.onnx",
+    ),
 }
 
 ZOO_COMMANDS = {

@@ -371,7 +371,7 @@ def to_numpy(tensor: th.Tensor) -> Array:
 OPENBLAS_THREADS_FROM = 2**18
 """
 Multiplications from which NumPy's products run in threads of their own, on all cores, whatever ``torch.set_num_threads``
-says. With 512 environments a second core was busy, for 5% of the time.
+says. With 512 environments that kept a second core busy, to be 5% faster.
 """
 
 Activation = Callable[[Array, Array], Array]

@@ -79,6 +79,7 @@ def make_environment(tmp_path_factory: pytest.TempPathFactory) -> object:
             for case in (
                 ("solve", (), "gif --run runs/x -o agent.gif"),
                 ("solve", (), "card --run runs/x"),
+                ("export", ("solve",), "export --run runs/x"),
                 ("zoo", (), "train --env CartPole-v1"),
                 ("zoo", ("solve",), "plot_from_file -i results -o results.svg"),
                 ("compare", (), "compare --env CartPole-v1"),

@@ -9,6 +9,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "solve": ("rl_zoo3", "matplotlib", "pandas", "PIL", "pygame", "requests", "tqdm", "yaml", "huggingface_hub"),
     "zoo": ("rl_zoo3", "matplotlib", "moviepy", "optuna", "pandas", "pygame", "requests", "rich", "scipy", "seaborn", "tqdm"),
     "compare": ("rl_zoo3", "joblib", "matplotlib", "pandas", "pygame", "requests", "rich", "scipy"),
+    "export": ("onnx", "rl_zoo3", "matplotlib", "pandas", "PIL", "pygame", "requests", "tqdm", "yaml", "huggingface_hub"),
     "box2d": ("Box2D",),
     "mujoco": ("mujoco",),
     "atari": ("ale_py", "cv2"),
