@@ -84,7 +84,7 @@ class GreedyAgent(nn.Module):
         else:
             masks = {"action_masks": named["action_masks"]} if self.has_masks else {}
             distribution = self.policy.get_distribution(obs, **masks)
-        actions = distribution.get_actions(deterministic=True).reshape(-1, *self.action_space.shape)
+        actions = distribution.get_actions(deterministic=True).reshape(-1, *(self.action_space.shape or ()))
         return (self._to_env(actions), *next_states)
 
     def _normalized(self, observations: th.Tensor, key: str | None = None) -> th.Tensor:
