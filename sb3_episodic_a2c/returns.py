@@ -14,7 +14,7 @@ RETURN_MEMORY = 20_000
 """Effective memory, in transitions, of the running statistics."""
 
 MANY_EPISODES = 30
-"""As many episodes of the same length are faster worked on together, a step of all at once, than one by one."""
+"""With so many episodes of the same length, it is as fast to work on a step of all at once as on one after the other."""
 
 
 @dataclass(frozen=True)
