@@ -45,6 +45,7 @@ from sb3_episodic_a2c.guards.numbers import (
     scheduled,
     statistics_of,
 )
+from sb3_episodic_a2c.guards.resets import ResetWatch, warn_of_reset
 from sb3_episodic_a2c.guards.training import guarded_training, raise_if_not_finite, warn_of_no_episode
 from sb3_episodic_a2c.guards.transaction import OptimizerStep, Transaction
 from sb3_episodic_a2c.guards.workers import resynchronize
@@ -255,6 +256,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         fuse_adam(self.policy)
         self._normalize_statistics: NormalizeStatistics | None = None
         """Copies of VecNormalize's statistics at the start of the rollout."""
+        self._resets = ResetWatch()
         self._maybe_recommend_cpu()
         self._action_bounds = action_bounds(self.action_space)
         self._setup_actor()
@@ -383,6 +385,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         n_steps = 0
         # A rollout that the budget has ended goes on: its running episodes are the long ones, and must not be lost
         rollout_buffer.select(PARTIAL_EPISODES[self.partial_episodes], self.n_episodes * env.num_envs)
+        base_env = env.unwrapped
+        self._restart_if_reset(env, rollout_buffer, self._resets.noticed(base_env, self._last_obs))
         if rollout_buffer.selection.restarts and rollout_buffer.size() > 0 and rollout_buffer.is_complete():
             self._discard_partial_episodes(env, rollout_buffer)
         rollout_buffer.start_rollout()
@@ -393,9 +397,11 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         self._start_rollout(env)
 
         # From here on everything depends on the model, the environments and the random states alone: checkpoints are made here
+        self._resets.look(base_env, self._last_obs)
         callback.on_rollout_start()
+        self._restart_if_reset(env, rollout_buffer, self._resets.noticed(base_env, self._last_obs))
         assert self._last_episode_starts is not None
-        # A callback may have reset the environments
+        # A callback may have reset the environments itself
         rollout_buffer.drop_heads(self._last_episode_starts)
 
         if self.use_sde:
@@ -404,7 +410,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
 
         vec_normalize = self.get_vec_normalize_env()
         self._normalize_statistics = statistics_of(vec_normalize)
-        vector_env = env.unwrapped if isinstance(env.unwrapped, GymnasiumVecEnv) else None
+        vector_env = base_env if isinstance(base_env, GymnasiumVecEnv) else None
         continue_training = True
         # At least one step, also where a callback stopped a rollout that was complete: at the end, callbacks expect its locals
         while (
@@ -416,10 +422,11 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
                 # Sample a new noise matrix
                 self.policy.reset_noise(env.num_envs)
 
-            assert self._last_obs is not None, "No previous observation was provided"
+            last_obs = self._last_obs
+            assert last_obs is not None, "No previous observation was provided"
             policy_inputs = self._policy_inputs(env)
             try:
-                actions = self._sample_actions(self._last_obs, policy_inputs)
+                actions = self._sample_actions(last_obs, policy_inputs)
             except (ValueError, RuntimeError) as error:
                 raise_if_not_finite(self, error)
                 raise
@@ -431,11 +438,13 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             self.num_timesteps += env.num_envs
 
             callback.update_locals(locals())
+            self._resets.look(base_env)
             # Store the step even if the callback stops: a later `learn` goes on from here
             continue_training = callback.on_step()
+            was_reset = self._resets.noticed(base_env)
 
             n_steps += 1
-            rollout_buffer.add(self._last_obs, actions, rewards, policy_inputs)
+            rollout_buffer.add(last_obs, actions, rewards, policy_inputs)
             # At every step: a wrapper may play several monitored episodes as one
             self._update_info_buffer(*rollout_buffer.selection.wanted_infos(infos, dones))
             if np.count_nonzero(dones):
@@ -447,7 +456,9 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             if vector_env is not None and len(vector_env.restarted):
                 # Their step did nothing but start an episode
                 rollout_buffer.drop_heads(self._last_episode_starts)
+            self._restart_if_reset(env, rollout_buffer, was_reset)
 
+        self._resets.look(base_env, self._last_obs)
         if not continue_training:
             return False
 
@@ -461,10 +472,20 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         """Reset all environments, so that the current policy takes every step of the next rollout."""
         assert self._last_episode_starts is not None
         if not self._last_episode_starts.all():
-            self._last_obs = env.reset()  # type: ignore[assignment]  # as above
-            self._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
+            self._reset_envs(env)
         # Last: an error of the reset names the steps of the episodes
         rollout_buffer.reset()
+
+    def _restart_if_reset(self, env: VecEnv, rollout_buffer: EpisodicRolloutBuffer, was_reset: bool) -> None:
+        """Where the environments were reset from outside, their running episodes must not be glued to the next ones."""
+        if was_reset:
+            warn_of_reset(int(rollout_buffer.running_steps.sum()))
+            self._reset_envs(env)
+            rollout_buffer.drop_heads(np.ones(env.num_envs, dtype=bool))
+
+    def _reset_envs(self, env: VecEnv) -> None:
+        self._last_obs = env.reset()  # type: ignore[assignment]  # as above
+        self._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
 
     def _terminal_values(self, infos: list[dict[str, Any]], env_indices: np.ndarray) -> np.ndarray:
         """What follows episodes that have just ended, in reward units: 0, or after a time limit the critic's value."""
@@ -710,7 +731,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
     # ------------------------------------------------------------------ saving, names
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_actor", "_plain_mlp", "_normalize_statistics", "_action_bounds"]
+        return [*super()._excluded_save_params(), "_actor", "_plain_mlp", "_normalize_statistics", "_action_bounds", "_resets"]
 
     _wrap_env = staticmethod(wrap_env)
 

@@ -139,6 +139,8 @@ class GymnasiumVecEnv(VecEnv):
         self._episode_lengths[:] = 0
         new_obs = self._copy(obs)
         self._check_shapes(new_obs)
+        # A new list: the infos may all be one shared empty dict, and a reset must be noticed
+        self.reset_infos = list(self.reset_infos)
         self._keep_reset_infos(infos, np.arange(self.num_envs))
         return new_obs
 

@@ -704,3 +704,113 @@ def test_an_environment_that_refuses_an_early_reset_is_named_with_its_step() -> 
         model.learn(100)
     # The first rollout takes 8 steps: the third one of environment 0's second episode is the last
     assert "environment 0 at step 3 of its episode" in caught.value.__notes__[0]
+
+
+# ---------------------------------------------------------------------- environments that a callback resets
+
+
+class NumberedEnv(gym.Env):
+    """Episodes of ``length`` steps. Observations are (number of the episode, step)."""
+
+    observation_space = spaces.Box(0, 10_000, (2,))
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, length: int = 7) -> None:
+        self.length = length
+        self.episode = 0
+
+    def action_masks(self) -> np.ndarray:
+        return np.ones(2, dtype=bool)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.episode += 1
+        self.age = 0
+        return self._observation(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.age += 1
+        return self._observation(), 1.0, self.age == self.length, False, {}
+
+    def _observation(self) -> np.ndarray:
+        return np.array([self.episode, self.age], dtype=np.float32)
+
+
+class EvaluateInTrainingEnvs(BaseCallback):
+    """As ``EvalCallback(model.get_env())``. It collects what is trained on."""
+
+    def __init__(self, when: str, is_honest: bool = False) -> None:
+        super().__init__()
+        self.when, self.is_honest = when, is_honest
+        self.episodes: list[np.ndarray] = []
+
+    def evaluate(self) -> None:
+        self.training_env.reset()
+        for _ in range(3):
+            self.training_env.step(np.zeros(self.training_env.num_envs, dtype=int))
+        if self.is_honest:
+            # It says where to go on
+            self.model._last_obs = self.training_env.reset()
+            self.model._last_episode_starts = np.ones(self.training_env.num_envs, dtype=bool)
+
+    def _on_rollout_start(self) -> None:
+        if self.when == "rollout_start" and self.n_calls > 0:
+            self.evaluate()
+
+    def _on_step(self) -> bool:
+        if self.when == "step" and self.n_calls % 11 == 0:
+            self.evaluate()
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.model.rollout_buffer
+        if buffer.size():
+            parts = np.split(buffer.observations[:, 0], np.cumsum(buffer.episode_lengths)[:-1])
+            self.episodes += [part.copy() for part in parts]
+        if self.when == "rollout_end":
+            self.evaluate()
+
+
+def make_numbered(kind: str) -> Any:
+    makers = [partial(NumberedEnv, 4), partial(NumberedEnv, 7)]
+    if kind == "gymnasium":
+        return gym.vector.SyncVectorEnv(makers)
+    return {"one": DummyVecEnv, "dummy": DummyVecEnv, "subproc": SubprocVecEnv}[kind](makers[:1] if kind == "one" else makers)
+
+
+@pytest.mark.filterwarnings("ignore:The training environments were reset:UserWarning")
+@pytest.mark.parametrize("partial_episodes", ["carry", "discard"])
+@pytest.mark.parametrize("kind", ["one", "dummy", "subproc", "gymnasium"])
+@pytest.mark.parametrize("when", ["step", "rollout_start", "rollout_end"])
+@pytest.mark.parametrize("is_honest", [False, True])
+def test_episodes_that_a_reset_from_outside_has_cut_are_not_glued(
+    when: str, kind: str, partial_episodes: Any, is_honest: bool
+) -> None:
+    callback = EvaluateInTrainingEnvs(when, is_honest)
+    model = EpisodicA2C("MlpPolicy", make_numbered(kind), partial_episodes=partial_episodes, seed=0, device="cpu")
+    model.learn(300, callback=callback)
+    assert len(callback.episodes) > 15
+    for observations in callback.episodes:
+        assert (observations[:, 0] == observations[0, 0]).all()
+        assert observations[:, 1].tolist() == list(range(len(observations)))
+        assert len(observations) in (4, 7)
+    assert model.env is not None
+    model.env.close()
+
+
+@every_algorithm
+def test_a_reset_between_two_calls_of_learn(algorithm: type[Any], policy: str, policy_kwargs: dict[str, Any]) -> None:
+    model = algorithm(policy, make_numbered("dummy"), policy_kwargs=policy_kwargs, seed=0, device="cpu").learn(20)
+    callback = EvaluateInTrainingEnvs("")
+    model.get_env().reset()
+    with pytest.warns(UserWarning, match="were reset from outside"):
+        model.learn(60, callback=callback, reset_num_timesteps=False)
+    assert callback.episodes
+    assert all(episode[:, 1].tolist() == list(range(len(episode))) for episode in callback.episodes)
+
+
+def test_nothing_is_said_where_nothing_was_reset(recwarn: pytest.WarningsRecorder) -> None:
+    model = EpisodicA2C("MlpPolicy", make_numbered("dummy"), seed=0, device="cpu").learn(50)
+    model.learn(50, reset_num_timesteps=False)
+    model.learn(50)
+    assert not [warning for warning in recwarn if "were reset" in str(warning.message)]
