@@ -27,6 +27,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnvWrapper
 
 from sb3_episodic_a2c.episodic_a2c import EpisodicA2C
 from sb3_episodic_a2c.guards.files import atomic_write
+from sb3_episodic_a2c.guards.signals import uninterrupted
 from sb3_episodic_a2c.plain_mlp import unwrapped
 
 TRAINING_MEMBER = "resume/training.pkl"
@@ -91,13 +92,13 @@ def _write(model: EpisodicA2C, path: Path) -> str | None:
         except Exception as error:
             # Pickling a user's environment may raise anything
             reason = f"{type(error).__name__}: {error}"
+    members = {TRAINING_MEMBER: _pickle(training, model.device)}
+    if episodes is not None:
+        members[EPISODES_MEMBER] = episodes
     try:
-        with atomic_write(_with_suffix(path)) as file:
-            model.save(file)  # type: ignore[arg-type]  # SB3 only calls what BinaryIO has
-            with zipfile.ZipFile(file, mode="a") as archive:
-                archive.writestr(TRAINING_MEMBER, _pickle(training, model.device))
-                if episodes is not None:
-                    archive.writestr(EPISODES_MEMBER, episodes)
+        # Python ignores what is raised while an object is deleted: a signal would be lost where it deletes the archive
+        with uninterrupted():
+            _write_file(model, path, members)
     except OSError as error:
         raise OSError(
             error.errno,
@@ -105,6 +106,14 @@ def _write(model: EpisodicA2C, path: Path) -> str | None:
             str(path),
         ) from error
     return reason
+
+
+def _write_file(model: EpisodicA2C, path: Path, members: dict[str, bytes]) -> None:
+    with atomic_write(_with_suffix(path)) as file:
+        model.save(file)  # type: ignore[arg-type]  # SB3 only calls what BinaryIO has
+        with zipfile.ZipFile(file, mode="a") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
 
 
 def load_checkpoint(

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 import zipfile
 from collections.abc import Callable
 from copy import deepcopy
@@ -473,3 +474,23 @@ def test_tensors_of_an_environment_are_part_of_the_checkpoint(tmp_path: Path) ->
     (tensor,) = resumed.env.get_attr("tensor")
     assert tensor.tolist() == [17.0, 18.0, 19.0]
     assert resumed.env.get_attr("same_tensor")[0] is tensor
+
+
+def test_a_signal_while_the_archive_is_deleted_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python ignores what is raised in ``__del__``, which the archive has."""
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", seed=0).learn(100)
+    delete = zipfile.ZipFile.__del__
+
+    def interrupted_delete(archive: zipfile.ZipFile) -> None:
+        signal.raise_signal(signal.SIGINT)
+        delete(archive)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(zipfile.ZipFile, "__del__", interrupted_delete)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(model, tmp_path / "model")
+    finally:
+        monkeypatch.undo()
+        signal.signal(signal.SIGINT, handler)
+    assert load_checkpoint(tmp_path / "model").num_timesteps == 100
