@@ -268,12 +268,10 @@ class NumpyActor:
         return hidden, run_layers(self._action_net, hidden).reshape(n, -1)
 
     def sample(self, observations: Array | dict[str, Array], policy_inputs: dict[str, Array]) -> Array:
-        try:
+        # OpenBLAS may flag an invalid operation where there was none, and with np.seterr(all="raise") a product as small as
+        # zero raises. What is not finite is refused below
+        with np.errstate(all="ignore"):
             return self._sample_actions(observations, policy_inputs)
-        except FloatingPointError:
-            # With np.seterr(all="raise"), also where a product is as small as zero
-            with np.errstate(all="ignore"):
-                return self._sample_actions(observations, policy_inputs)
 
     def _sample_actions(self, observations: Array | dict[str, Array], policy_inputs: dict[str, Array]) -> Array:
         latent, output = self.latent_and_output(observations)

@@ -104,7 +104,7 @@ def test_values_and_gradients_are_autograds(
 @pytest.mark.parametrize("action_space", [spaces.Discrete(3), spaces.Box(-1, 1, (2,))], ids=["Discrete", "Box"])
 def test_many_transitions(action_space: spaces.Space) -> None:
     """Their tanh is NumPy's, and the products of the actor in collecting are torch's."""
-    n = 1000
+    n = 1100
     policy = make_policy(action_space)
     samples, weights, plain = make_samples(policy, n), th.randn(3, n), find_plain(policy)
     with np.errstate(all="raise"):
@@ -130,7 +130,7 @@ def test_the_second_derivative_of_tanh() -> None:
 
 def test_half_precision() -> None:
     policy = make_policy(spaces.Discrete(3))
-    samples = make_samples(policy, 1000)
+    samples = make_samples(policy, 1100)
     with th.autocast("cpu", dtype=th.bfloat16):
         values, *_ = evaluate_actions(policy, samples, find_plain(policy))
         expected = policy.predict_values(samples.observations).flatten()
