@@ -52,7 +52,7 @@ episode_lengths = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5),
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=episode_lengths,
-    copies=st.sampled_from([1, 1, 32]),  # with many environments, returns are computed row by row
+    copies=st.sampled_from([1, 1, 32]),  # returns of many episodes are computed a step of all at once
     is_dict=st.booleans(),
     n_wanted=st.integers(1, 6),
     n_rollouts=st.integers(1, 8),

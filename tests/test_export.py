@@ -15,7 +15,7 @@ from sb3_episodic_a2c.__main__ import main
 from sb3_episodic_a2c.tools.export import export_onnx
 from sb3_episodic_a2c.tools.runs import Run
 from sb3_episodic_a2c.tools.solve import solve
-from tests.test_contract import TargetEnv
+from tests.envs import TargetEnv
 
 BOX = spaces.Box(-2, 2, (3,))
 IMAGE = spaces.Box(0, 255, (3, 40, 40), dtype=np.uint8)

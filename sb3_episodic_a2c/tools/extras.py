@@ -5,11 +5,13 @@ import re
 
 import gymnasium
 
+SOLVE = ("rl_zoo3", "matplotlib", "pandas", "PIL", "pygame", "requests", "tqdm", "yaml", "huggingface_hub")
+
 PACKAGES: dict[str, tuple[str, ...]] = {
-    "solve": ("rl_zoo3", "matplotlib", "pandas", "PIL", "pygame", "requests", "tqdm", "yaml", "huggingface_hub"),
+    "solve": SOLVE,
     "zoo": ("rl_zoo3", "matplotlib", "moviepy", "optuna", "pandas", "pygame", "requests", "rich", "scipy", "seaborn", "tqdm"),
     "compare": ("rl_zoo3", "joblib", "matplotlib", "pandas", "pygame", "requests", "rich", "scipy"),
-    "export": ("onnx", "rl_zoo3", "matplotlib", "pandas", "PIL", "pygame", "requests", "tqdm", "yaml", "huggingface_hub"),
+    "export": ("onnx", *SOLVE),
     "box2d": ("Box2D",),
     "mujoco": ("mujoco",),
     "atari": ("ale_py", "cv2"),
