@@ -15,6 +15,7 @@ a time limit ends the episode like a failure                        ``handle_tim
 ``advantage = returns - values``, without stopping the gradient     ``detach_advantage=False``
 ``-sum(action_log_probs * advantage)``                              the policy loss
 ``tf.keras.losses.Huber(reduction="sum")``                          ``huber_delta=1.0``, ``vf_coef=1.0``
+one gradient step on Monte Carlo returns an episode                 ``gae_lambda=1.0``, ``n_value_epochs=0``
 no entropy bonus, no clipping                                       ``ent_coef=0.0``, ``max_grad_norm=None``
 ``tqdm`` over episodes, ``episode_reward``, ``running_reward``      ``EpisodeProgressCallback()``
 stop when the mean of 100 episodes is above 475                     ``StopTrainingOnSolved()``
@@ -47,6 +48,8 @@ def notebook_preset() -> dict[str, Any]:
         "handle_timeout_termination": False,
         "huber_delta": 1.0,
         "detach_advantage": False,
+        "gae_lambda": 1.0,
+        "n_value_epochs": 0,
         "ent_coef": 0.0,
         "vf_coef": 1.0,
         "max_grad_norm": None,
