@@ -126,18 +126,18 @@ def test_cartpole_is_solved() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("actor", ["numpy", "torch"])
-def test_cartpole_is_solved_by_ten_seeds(actor: str) -> None:
+@pytest.mark.parametrize("actor, n_seeds", [("numpy", 40), ("torch", 10)])
+def test_cartpole_is_solved_by_many_seeds(actor: str, n_seeds: int) -> None:
     """
-    The median within 60,000 env steps, nine within 100,000, all within 200,000. The criterion itself needs about 47,500.
+    The median within 60,000 env steps, nine of ten within 100,000, all within 200,000. The criterion needs about 47,500.
 
     One seed in forty takes longer than 100,000: which one changes with the rounding, so with the processor.
     """
-    solved_at = [solve_cartpole(seed, 200_000, policy="MlpPolicy", actor=actor) for seed in range(10)]
+    solved_at = [solve_cartpole(seed, 200_000, policy="MlpPolicy", actor=actor) for seed in range(n_seeds)]
     print(actor, solved_at)
     in_order = sorted(n_steps for n_steps in solved_at if n_steps is not None)
-    assert len(in_order) == 10
-    assert np.median(in_order) <= 60_000 and in_order[-2] <= 100_000
+    assert len(in_order) == n_seeds
+    assert np.median(in_order) <= 60_000 and in_order[-1 - n_seeds // 10] <= 100_000
 
 
 @pytest.mark.slow
