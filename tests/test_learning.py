@@ -121,7 +121,7 @@ def solve_cartpole(seed: int, total_timesteps: int, **arguments: Any) -> int | N
 
 
 def test_cartpole_is_solved() -> None:
-    solved_at = solve_cartpole(seed=0, total_timesteps=200_000, policy="MlpPolicy")
+    solved_at = solve_cartpole(seed=0, total_timesteps=100_000, policy="MlpPolicy")
     assert solved_at is not None
 
 
