@@ -1,5 +1,6 @@
 """RL Zoo with our algorithms: its scripts as a user types them, our hyperparameters and samplers."""
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -343,6 +344,47 @@ def test_a_search_in_two_threads(tmp_path: Path) -> None:
     assert all(trial.state.is_finished() and trial.state != optuna.trial.TrialState.FAIL for trial in trials)
     (report,) = (tmp_path / "logs" / "episodic_a2c").glob("*.csv")
     assert len(report.read_text().splitlines()) == 1 + len(trials)
+
+
+@pytest.mark.parametrize("trial_id", [0, 1])
+@pytest.mark.parametrize("env_id", ["Pusher-v5", "Pendulum-v1"])
+def test_a_trial_wins_over_the_entry(trial_id: int, env_id: str, tmp_path: Path) -> None:
+    """Also over the one of environments that are not listed; and what the user gives wins over both."""
+    register()
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "study.log"))
+    study = optuna.create_study(study_name="s", storage=optuna.storages.JournalStorage(backend))
+    for gae_lambda in (0.9, 0.98):
+        study.enqueue_trial({"gae_lambda": gae_lambda, "n_value_epochs": 0, "standardize_returns": "running"})
+        trial = study.ask()
+        zoo.sample_params(trial, n_actions=7, n_envs=4, additional_args={})
+        study.tell(trial, 0.0)
+    manager = experiment_manager_class()(
+        argparse.Namespace(),
+        "episodic_a2c",
+        env_id,
+        "",
+        config=str(config_path("episodic_a2c")),
+        storage=str(tmp_path / "study.log"),
+        study_name="s",
+        trial_id=trial_id,
+        hyperparams={"huber_delta": 5.0},
+    )
+    hyperparams = manager.read_hyperparameters()[1]
+    expected = zoo.convert_params(study.trials[trial_id].params)
+    assert hyperparams.pop("huber_delta") == 5.0 and expected.pop("huber_delta") != 5.0
+    assert {name: hyperparams[name] for name in expected} == expected
+    # The rest is the entry's
+    assert "VecNormalize" not in hyperparams and "norm_obs" in hyperparams["normalize"]
+
+
+def test_an_old_trial_has_no_generalized_advantages() -> None:
+    """Studies of version 0.1 knew none, but an entry may have them."""
+    study = optuna.create_study()
+    trial = study.ask()
+    zoo.sample_params(trial, n_actions=1, n_envs=1, additional_args={})
+    new = {"gae_lambda", "n_value_epochs", "value_learning_rate"}
+    params = zoo.convert_params({name: value for name, value in trial.params.items() if name not in new})
+    assert (params["gae_lambda"], params["n_value_epochs"], params["value_learning_rate"]) == (1.0, 0, None)
 
 
 def test_register_twice_changes_nothing() -> None:

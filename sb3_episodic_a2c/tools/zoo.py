@@ -257,10 +257,11 @@ def convert_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     has_units = STANDARDIZATIONS[params["standardize_returns"]].has_units
     # A value at a time limit, and one in an advantage, needs a critic that has units
     params["handle_timeout_termination"] = has_units
-    if not has_units:
-        params["gae_lambda"] = 1.0
     # Studies of older versions have none
     params.setdefault("n_value_epochs", 0)
+    params.setdefault("gae_lambda", 1.0)
+    if not has_units:
+        params["gae_lambda"] = 1.0
     if params["n_value_epochs"] == 0:
         params["value_learning_rate"] = None
     if params.get("use_sde"):
@@ -403,11 +404,11 @@ def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
                 raise
 
         def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
-            # Upstream tests `if self.trial_id`, so that `--trial-id 0` is ignored
-            if self.storage and self.study_name and self.trial_id == 0:
-                trial_params = self.load_trial(self.storage, self.study_name, 0)
-                self.custom_hyperparams = {**trial_params, **(self.custom_hyperparams or {})}
-            self.custom_hyperparams = {**self._continuous_entry(), **(self.custom_hyperparams or {})}
+            hyperparams = self._continuous_entry()
+            # Upstream tests `if self.trial_id`, so that `--trial-id 0` is ignored. Others must not lose to that entry
+            if self.storage and self.study_name and self.trial_id is not None:
+                hyperparams |= self.load_trial(self.storage, self.study_name, self.trial_id)
+            self.custom_hyperparams = {**hyperparams, **(self.custom_hyperparams or {})}
             return super().read_hyperparameters()
 
         def _continuous_entry(self) -> dict[str, Any]:
@@ -423,7 +424,7 @@ def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
                 return {}
             with contextlib.closing(gym.make(self.env_name.gym_id, **self.env_kwargs)) as env:
                 is_vector = isinstance(env.observation_space, spaces.Box) and len(env.observation_space.shape) == 1
-                return entries[CONTINUOUS_ENTRY] if is_vector and isinstance(env.action_space, spaces.Box) else {}
+                return dict(entries[CONTINUOUS_ENTRY]) if is_vector and isinstance(env.action_space, spaces.Box) else {}
 
         @staticmethod
         def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
