@@ -117,8 +117,7 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         policy = self.policy
         assert self._lstm_states is not None
         positions, pieces = _interleave(running.episode_lengths)
-        to_steps = th.as_tensor(np.argsort(positions), device=self.device)
-        features_pi, features_vf = _extract_features(policy, _take(running.observations, to_steps))
+        features_pi, features_vf = _extract_features(policy, _take(running.observations, self._by_step(positions)))
         runs = [(policy.lstm_actor, features_pi, self._lstm_states.pi)]
         if policy.lstm_critic is not None and self.handle_timeout_termination:
             runs.append((policy.lstm_critic, features_vf, self._lstm_states.vf))
@@ -181,14 +180,12 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         policy = self.policy
         # 1. From episodes concatenated to time steps concatenated, each with one transition of every running episode
         positions, pieces = _interleave(np.array(samples.episode_lengths))
-        to_steps = th.as_tensor(np.argsort(positions), device=self.device)
-        to_episodes = th.as_tensor(positions, device=self.device)
+        to_steps, to_episodes = self._by_step(positions), th.as_tensor(positions, device=self.device)
 
         # 2. Only the LSTMs depend on time. Everything else works on flat tensors
         features_pi, features_vf = _extract_features(policy, _take(samples.observations, to_steps))
         latent_pi, _ = _run_lstm(policy.lstm_actor, features_pi, pieces)
-        latent_vf = self._critic_latent(features_vf, pieces, latent_pi)
-        values = policy.value_net(policy.mlp_extractor.forward_critic(latent_vf)).flatten()
+        values = self._values(features_vf, pieces, latent_pi)
         distribution = policy._get_action_dist_from_latent(policy.mlp_extractor.forward_actor(latent_pi))
         log_prob = distribution.log_prob(samples.actions[to_steps])
         entropy = distribution.entropy()
@@ -196,28 +193,35 @@ class RecurrentEpisodicA2C(EpisodicA2C):
         # 3. Back to episodes concatenated
         return values[to_episodes], log_prob[to_episodes], None if entropy is None else entropy[to_episodes]
 
-    def _critic_latent(self, features_vf: th.Tensor, pieces: list[tuple[int, int]], latent_pi: th.Tensor | None) -> th.Tensor:
-        """``(n, latent_dim)``, from the critic's features ``(n, features_dim)`` and, if it shares it, the actor's latent."""
-        if self.policy.lstm_critic is not None:
-            return _run_lstm(self.policy.lstm_critic, features_vf, pieces)[0]
-        if self.policy.shared_lstm:
+    def _by_step(self, positions: np.ndarray) -> th.Tensor:
+        """Which transitions, of episodes concatenated, to take for time steps concatenated."""
+        return th.as_tensor(np.argsort(positions), device=self.device)
+
+    def _values(self, features_vf: th.Tensor, pieces: list[tuple[int, int]], latent_pi: th.Tensor | None) -> th.Tensor:
+        """``(n,)``, from the critic's features ``(n, features_dim)`` and, if it shares it, the actor's latent."""
+        policy = self.policy
+        if policy.lstm_critic is not None:
+            latent_vf, _ = _run_lstm(policy.lstm_critic, features_vf, pieces)
+        elif policy.shared_lstm:
             assert latent_pi is not None
             # Only the actor trains it
-            return latent_pi.detach()
-        return self.policy.critic(features_vf)  # type: ignore[misc]  # first set to None, so inferred as None
+            latent_vf = latent_pi.detach()
+        else:
+            latent_vf = policy.critic(features_vf)  # type: ignore[misc]  # first set to None, so inferred as None
+        return policy.value_net(policy.mlp_extractor.forward_critic(latent_vf)).flatten()
 
     def _evaluate_values(self, samples: EpisodicRolloutBufferSamples) -> th.Tensor:
         policy = self.policy
         positions, pieces = _interleave(np.array(samples.episode_lengths))
-        to_steps = th.as_tensor(np.argsort(positions), device=self.device)
-        features_pi, features_vf = _extract_features(policy, _take(samples.observations, to_steps))
+        observations = _take(samples.observations, self._by_step(positions))
         latent_pi = None
         if policy.shared_lstm:
+            features_pi, features_vf = _extract_features(policy, observations)
             with th.no_grad():
                 latent_pi, _ = _run_lstm(policy.lstm_actor, features_pi, pieces)
-        latent_vf = self._critic_latent(features_vf, pieces, latent_pi)
-        values = policy.value_net(policy.mlp_extractor.forward_critic(latent_vf)).flatten()
-        return values[th.as_tensor(positions, device=self.device)]
+        else:
+            features_vf = _extract_critic_features(policy, observations)
+        return self._values(features_vf, pieces, latent_pi)[th.as_tensor(positions, device=self.device)]
 
 
 def _refuse_overridden(policy: RecurrentActorCriticPolicy | type[BasePolicy]) -> None:
@@ -249,6 +253,13 @@ def _extract_features(
     """Features for the actor and for the critic, ``(n, features_dim)`` each, computed once where they are the same."""
     features = policy.extract_features(observations)
     return features if isinstance(features, tuple) else (features, features)
+
+
+def _extract_critic_features(policy: RecurrentActorCriticPolicy, observations: th.Tensor | dict[str, th.Tensor]) -> th.Tensor:
+    """``(n, features_dim)``, without running the actor's extractor, if the policy has two."""
+    if policy.share_features_extractor or overridden_methods(unwrapped(policy), ActorCriticPolicy, ["extract_features"]):
+        return _extract_features(policy, observations)[1]
+    return BasePolicy.extract_features(unwrapped(policy), observations, policy.vf_features_extractor)
 
 
 def _interleave(episode_lengths: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:

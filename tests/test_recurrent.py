@@ -1,6 +1,7 @@
 """RecurrentEpisodicA2C: its states while collecting and in training, and that it remembers."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,38 @@ def test_batches_are_whole_episodes_and_change_nothing_else(batch_size):
             assert following is None or n_transitions + following.episode_lengths[0] > size
     for name in gradients[0]:
         np.testing.assert_allclose(gradients[1][name], gradients[0][name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("critic", list(CRITICS))
+def test_the_values_of_a_value_epoch(critic):
+    """They are those of the update, and cost no pass of what is the actor's alone."""
+
+    def note(calls, module, *_):
+        calls.append(module)
+
+    class Compare(BaseCallback):
+        n_compared = 0
+
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            policy = self.model.policy
+            actors = {policy.pi_features_extractor: policy.share_features_extractor, policy.lstm_actor: policy.shared_lstm}
+            for samples in self.model.rollout_buffer.get(None, whole_episodes=True):
+                calls = []
+                hooks = [module.register_forward_hook(partial(note, calls)) for module in actors]
+                values = self.model._evaluate_values(samples)
+                for hook in hooks:
+                    hook.remove()
+                assert {module: module in calls for module in actors} == actors
+                th.testing.assert_close(values, self.model._evaluate_actions(samples)[0])
+                self.n_compared += 1
+
+    compare = Compare()
+    env = make_random_envs(ACTION_SPACES["discrete"], n_envs=3)
+    model = make_model(env, critic, n_value_epochs=2, learning_rate=0.01).learn(200, callback=compare)
+    assert compare.n_compared == model._n_updates > 2
 
 
 # ---------------------------------------------------------------------- the value after a time limit
