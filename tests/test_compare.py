@@ -1005,8 +1005,8 @@ def test_one_line_an_environment_says_who_is_better() -> None:
         "-100.0 (-100.0 to -100.0): worse",
     ]
     assert cart_pole[4:] == ["2.00 s"] * 3
-    assert acrobot[0] == "Acrobot-v1" and acrobot[2].endswith("): undecided") and acrobot[3] == "-: undecided"
-    assert counts[2:4] == ["1 better, 0 worse, 1 undecided", "0 better, 1 worse, 1 undecided"]
+    assert acrobot[0] == "Acrobot-v1" and acrobot[2].endswith("): undecided") and acrobot[3] == "-: not compared"
+    assert counts[2:4] == ["1 better, 0 worse, 1 undecided", "0 better, 1 worse, 0 undecided, 1 not compared"]
 
 
 def test_reached_and_stayed() -> None:

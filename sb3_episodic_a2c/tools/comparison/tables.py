@@ -31,8 +31,7 @@ def winner_table(summaries: Sequence[Summary], overall: Sequence[Overall]) -> li
             verdicts[other].append(_verdict(gain))
             row.append(f"{format_interval(gain)}: {verdicts[other][-1]}")
         rows.append([*row, *(format_seconds(by_algorithm[algorithm].train_seconds) for algorithm in algorithms)])
-    counts = [", ".join(f"{verdicts[other].count(word)} {word}" for word in (BETTER, WORSE, UNDECIDED)) for other in others]
-    rows.append(["all", "", *counts, *([""] * len(algorithms))])
+    rows.append(["all", "", *(_counts(verdicts[other]) for other in others), *([""] * len(algorithms))])
     if overall:
         normalised = {whole.algorithm: whole.iqm["final"] for whole in overall}
         gains = [difference(normalised[first], normalised[other]) for other in others]
@@ -41,12 +40,19 @@ def winner_table(summaries: Sequence[Summary], overall: Sequence[Overall]) -> li
     return rows
 
 
-BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
+BETTER, WORSE, UNDECIDED, NOT_COMPARED = "better", "worse", "undecided", "not compared"
 
 
 def _verdict(gain: Estimate) -> str:
-    """What an interval says; without one, nothing."""
+    """What an interval says. There is none where trainings failed, or with a single seed."""
+    if math.isnan(gain.low):
+        return NOT_COMPARED
     return BETTER if gain.low > 0 else WORSE if gain.high < 0 else UNDECIDED
+
+
+def _counts(verdicts: list[str]) -> str:
+    words = [BETTER, WORSE, UNDECIDED, *([NOT_COMPARED] if NOT_COMPARED in verdicts else [])]
+    return ", ".join(f"{verdicts.count(word)} {word}" for word in words)
 
 
 def score_table(summaries: Sequence[Summary], overall: Sequence[Overall]) -> list[list[str]]:
