@@ -406,26 +406,31 @@ def noise_schedule(noise_resample_prob: float | Schedule) -> Schedule:
 
 
 def make_actor(
-    policy: ActorCriticPolicy, choice: ActorChoice, rng: np.random.Generator, has_persistent_noise: bool = False
+    policy: ActorCriticPolicy,
+    choice: ActorChoice,
+    rng: np.random.Generator,
+    noise_resample_prob: float | Schedule = INDEPENDENT,
 ) -> Actor:
     """
     :param policy: The policy to sample from
     :param choice: ``"auto"``: NumPy where it is possible, otherwise torch; or one of these by name
     :param rng: Source of the random numbers of the NumPy actor
-    :param has_persistent_noise: Whether noise is to persist, which the NumPy actor alone can do
+    :param noise_resample_prob: Unless it is 1, noise is to persist, which the NumPy actor alone can do
     :return: The actor
     :raises ValueError: ``choice`` is ``"numpy"``, or noise is to persist, but NumPy is not possible
     """
     plain = inspect(policy)
     reason = reason_against_numpy(plain)
-    if has_persistent_noise:
+    if noise_resample_prob != INDEPENDENT:
+        remedy = "Leave it at 1.0"
         if reason is None and choice == "torch":
-            reason = 'actor="torch" was asked for'
+            reason, remedy = 'actor="torch" was asked for', f'{remedy}, or use actor="auto"'
         elif reason is None and type(policy.action_dist) is StateDependentNoiseDistribution:
             reason = "gSDE has noise of its own, whose `sde_sample_freq` it is"
         if reason is not None:
             raise ValueError(
-                f"`noise_resample_prob` is not 1, but noise persists only with the NumPy actor, and {reason}. Leave it at 1.0."
+                f"`noise_resample_prob` is {noise_resample_prob!r}, but noise persists only with the NumPy actor, and "
+                f"{reason}. {remedy}."
             )
         choice = "numpy"
     if choice == "numpy" and reason is not None:

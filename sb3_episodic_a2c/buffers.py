@@ -535,11 +535,14 @@ class EpisodicRolloutBuffer(BaseBuffer):
 
     @property
     def returns(self) -> np.ndarray:
-        """``(pos, 1)`` float32, in the units that are trained on."""
+        """``(pos, 1)`` float32, in the units that are trained on. With ``gae_lambda < 1`` by the critic alone."""
         return self._returns
 
     @returns.setter
     def returns(self, returns: np.ndarray) -> None:
+        if not self._has_written_advantages():
+            # They are computed from the returns
+            self._advantages = self._computed_advantages = None
         self._returns = written("returns", returns, self.pos)
 
     @property
@@ -562,14 +565,16 @@ class EpisodicRolloutBuffer(BaseBuffer):
 
     def fix_advantages(self) -> None:
         """Give training the advantages that a callback has written, or generalized ones; otherwise it computes them itself."""
-        is_written = self._advantages is not None and (
-            self._computed_advantages is None or not np.array_equal(self._advantages, self._computed_advantages)
-        )
-        is_fixed = is_written or self._gae_lambda < 1
+        is_fixed = self._has_written_advantages() or self._gae_lambda < 1
         if is_fixed and self._advantages is None:
             # The first look computes them, before any pass of training
             self._advantages = self.advantages
         self._has_fixed_advantages = is_fixed
+
+    def _has_written_advantages(self) -> bool:
+        return self._advantages is not None and (
+            self._computed_advantages is None or not np.array_equal(self._advantages, self._computed_advantages)
+        )
 
     def _compute_advantages(self, values: np.ndarray) -> np.ndarray:
         """From values ``(n_transitions,)`` in the units of ``returns``."""

@@ -17,7 +17,15 @@ from stable_baselines3.common.utils import explained_variance, update_learning_r
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_episodic_a2c.actors import INDEPENDENT, ActorChoice, action_bounds, make_actor, noise_schedule, to_env_actions
+from sb3_episodic_a2c.actors import (
+    INDEPENDENT,
+    ActorChoice,
+    NumpyActor,
+    action_bounds,
+    make_actor,
+    noise_schedule,
+    to_env_actions,
+)
 from sb3_episodic_a2c.buffers import INITIAL_BUFFER_SIZE, EpisodicRolloutBuffer
 from sb3_episodic_a2c.evaluation import (
     Evaluations,
@@ -73,6 +81,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
 
     summed, never averaged, over all transitions of all episodes.
 
+    ``gae_lambda < 1`` takes another :math:`A_t`, and ``n_value_epochs`` adds steps on the critic's term alone.
+
     Where it differs from SB3's A2C: the unit is the episode (``n_episodes`` stands for ``n_steps``), returns are not
     bootstrapped except at a time limit, losses are sums, the value loss is Huber's, the optimizer is Adam, and ``learn``
     stops at its budget instead of overshooting it by up to a rollout.
@@ -117,11 +127,13 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
     :param device: Device (cpu, cuda, ...) on which the code should be run; ``"auto"``: on the GPU if possible
     :param gae_lambda: Factor of generalized advantages in the policy loss (https://arxiv.org/abs/1506.02438). 1: the Monte
         Carlo return minus the value. Less: less variance, more trust in the critic, which must have units
-    :param n_value_epochs: After the update, so many more gradient steps on the value loss alone, over the same episodes
+    :param n_value_epochs: After the update, so many more gradient steps on the value loss alone, over the same episodes. Meant
+        for a critic with layers of its own: what it shares with the actor keeps the momentum of the policy's step
     :param value_learning_rate: The learning rate of these steps, or a function as ``learning_rate``; None: ``learning_rate``
     :param noise_resample_prob: Probability that an environment gets new noise for its actions at a step. Less than 1: noise
-        persists, as with gSDE, while every action keeps the policy's own probability. A number rises to 1 until half of the
-        training is over; a function of the progress remaining is taken as it is
+        persists, as with gSDE, while every action keeps the policy's own probability (over the noise; a state that was reached
+        by the same noise tells something of it). A number rises to 1 until half of the training is over; a function of the
+        progress remaining is taken as it is. Less than 1 needs the NumPy actor: no images, LSTM or gSDE
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: An argument is out of its range, or the spaces of the environment are not supported
     """
@@ -265,20 +277,23 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
     def _setup_actor(self) -> None:
         """Choose how actions are sampled. The random numbers of the NumPy actor depend on torch's seed."""
         rng = np.random.default_rng(int(th.randint(2**63 - 1, ()).item()))
-        self._actor = make_actor(self.policy, self.actor, rng, self.noise_resample_prob != INDEPENDENT)
+        self._actor = make_actor(self.policy, self.actor, rng, self.noise_resample_prob)
         if self.verbose >= 1:
             print(f"Sampling actions with the {self._actor.name} actor")
 
     def _refresh_actor(self) -> None:
         """Follow what was done to the policy since the last rollout."""
         plain = inspect(self.policy)
-        if self._actor.policy is not self.policy or not self._actor.refresh(plain):
-            # Another policy has taken its place, e.g. one trained by imitation, or it was changed
+        lacks_noise = self.noise_resample_prob != INDEPENDENT and not isinstance(self._actor, NumpyActor)
+        if self._actor.policy is not self.policy or lacks_noise or not self._actor.refresh(plain):
+            # Another policy has taken its place, e.g. one trained by imitation, or it or the noise was changed
             self._setup_actor()
         self._plain_mlp = plain
         name = f"the rollout before update {self._n_updates + 1}"
         schedule = noise_schedule(self.noise_resample_prob)
-        self._actor.noise_resample_prob = scheduled("noise_resample_prob", schedule, self._current_progress_remaining, name)
+        self._actor.noise_resample_prob = scheduled(
+            "noise_resample_prob", schedule, self._current_progress_remaining, name, minimum=0.0, maximum=INDEPENDENT
+        )
 
     def _current_plain_mlp(self) -> PlainMlp | None:
         """The layers that training may run without the policy's methods, if it is still the policy that was inspected."""
@@ -550,7 +565,10 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
 
         A subclass with a ``train`` of its own enters it around its passes, and calls ``take``, or ``commit`` right before a
         step of its own. One that does neither is safe, but its critic is not rescaled when the statistics of the returns move.
+        Within it, samples bring the advantages of ``gae_lambda < 1``, or those that a callback has written.
         """
+        # In evaluation mode, as they were sampled
+        self.rollout_buffer.fix_advantages()
         with OptimizerStep(self.policy.optimizer) as step:
             self._prepare_update(step)
             yield step
@@ -587,14 +605,12 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             return
 
         ent_coef = scheduled("ent_coef", self.ent_coef, self._current_progress_remaining, f"update {self._n_updates + 1}")
-        # In evaluation mode, as they were sampled
-        self.rollout_buffer.fix_advantages()
-        if self._current_plain_mlp() is None:
-            # Switch to train mode (this affects batch norm / dropout)
-            self.policy.set_training_mode(True)
         values, log_probs = np.empty((2, n_transitions), dtype=np.float32)
         sums: dict[str, float] = {}
         with self.update_transaction() as transaction:
+            if self._current_plain_mlp() is None:
+                # Switch to train mode (this affects batch norm / dropout)
+                self.policy.set_training_mode(True)
             for part, samples in self._passes(transaction):
                 batch_values, log_prob, entropy = self._evaluate_actions(samples)
                 baseline = batch_values.detach() if self.detach_advantage else batch_values
@@ -619,6 +635,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             self.logger.record("train/value_loss_after_epochs", self._train_critic() / n_transitions)
         if callable(self.ent_coef):
             self.logger.record("train/ent_coef", ent_coef)
+        if self.noise_resample_prob != INDEPENDENT:
+            self.logger.record("train/noise_resample_prob", self._actor.noise_resample_prob)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", float(np.exp(self.policy.log_std.numpy(force=True)).mean()))
 
@@ -644,6 +662,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         """
         ``n_value_epochs`` gradient steps on the value loss alone. Returns the value loss after them, a sum.
 
+        Layers that the actor has, too, go on in the direction of the policy's step as well: the optimizer remembers it.
+
         :raises ValueError: The gradient of a step is not finite. The parameters are then as they were before that step
         """
         for epoch in range(self.n_value_epochs):
@@ -665,7 +685,9 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
     def _take(self, step: OptimizerStep, name: str, own_rate: float | Schedule | None = None) -> None:
         """Take a step with the current learning rate, or one of its own, unless it would spoil the parameters."""
         argument, schedule = ("learning_rate", self.lr_schedule) if own_rate is None else ("value_learning_rate", own_rate)
-        rate = scheduled(argument, schedule, self._current_progress_remaining, name)
+        rate = scheduled(argument, schedule, self._current_progress_remaining, name, minimum=0.0)
+        if own_rate is not None:
+            self.logger.record("train/value_learning_rate", rate)
         set_rate = self._update_learning_rate if own_rate is None else partial(update_learning_rate, learning_rate=rate)
         step.take(name, self.max_grad_norm, lambda: set_rate(self.policy.optimizer))
 
@@ -690,7 +712,13 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             if self._last_obs is None and self.env is not None:
                 # An exception may have ended the last call within a step
                 resynchronize(self.env)
-        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        total_timesteps, callback = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        if total_timesteps > 0:
+            # SB3 does this after a rollout, too late for the noise of the first one
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+        return total_timesteps, callback
 
     def learn(
         self: SelfEpisodicA2C,

@@ -19,6 +19,7 @@ from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodic
 from sb3_episodic_a2c.returns import EPSILON, discounted_returns, generalized_advantages, unstandardize
 from tests.envs import OBSERVATION_SPACES, TargetEnv, vectorized
 from tests.test_seams import parameters_of
+from tests.variant_envs import make_random_envs
 
 numbers = st.floats(-100, 100, width=32)
 
@@ -92,7 +93,7 @@ SETTINGS: dict[str, Any] = {
     "shared": lambda **kw: EpisodicA2C("SharedMlpPolicy", "CartPole-v1", **kw),
     "torch": lambda **kw: EpisodicA2C("MlpPolicy", "CartPole-v1", actor="torch", **kw),
     "dict": lambda **kw: EpisodicA2C("MultiInputPolicy", vectorized(lambda _: TargetEnv(OBSERVATION_SPACES["dict"]), 2), **kw),
-    "masked": lambda **kw: MaskableEpisodicA2C("MlpPolicy", "CartPole-v1", use_masking=False, **kw),
+    "masked": lambda **kw: MaskableEpisodicA2C("MlpPolicy", make_random_envs(spaces.Discrete(4), 2), **kw),
     "recurrent": lambda **kw: RecurrentEpisodicA2C(
         "MlpLstmPolicy", make_vec_env("Pendulum-v1", 2), policy_kwargs={"lstm_hidden_size": 8}, **kw
     ),
@@ -123,9 +124,9 @@ def test_reading_advantages_changes_nothing(setting: str) -> None:
     th.testing.assert_close(parameters_of(read), parameters_of(not_read), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("setting", ["carry", "time_limit", "normalized", "recurrent"])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_resumed_bit_for_bit(setting: str, tmp_path: Path) -> None:
-    whole = SETTINGS[setting](gae_lambda=0.95, n_value_epochs=2, seed=0, device="cpu").learn(500)
+    whole = SETTINGS[setting](gae_lambda=0.95, n_value_epochs=2, value_learning_rate=1e-3, seed=0, device="cpu").learn(500)
     save_checkpoint(whole, tmp_path / "checkpoint")
     whole.learn(500, reset_num_timesteps=False)
     resumed = load_checkpoint(tmp_path / "checkpoint", device="cpu")
@@ -202,6 +203,7 @@ def test_a_value_epoch_that_would_spoil_the_critic_is_refused() -> None:
         ({"gae_lambda": 0.9, "detach_advantage": False}, "`gae_lambda` is 0.9.*detach_advantage=True"),
         ({"n_value_epochs": -1}, "`n_value_epochs` is -1.*>= 0"),
         ({"n_value_epochs": 1.5}, "`n_value_epochs` is 1.5"),
+        ({"n_value_epochs": 2, "vf_coef": 0.0}, "`n_value_epochs` is 2.*no value loss.*`vf_coef`"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -253,6 +255,48 @@ def test_written_returns_are_trained_on() -> None:
     with th.no_grad():
         values = model.policy.predict_values(0.05 * th.randn(10, 4))
     assert float(values.mean()) > 4
+
+
+def test_advantages_follow_written_returns() -> None:
+    def write(buffer: Any) -> None:
+        before = buffer.advantages.copy()
+        buffer.returns += 10.0
+        np.testing.assert_allclose(buffer.advantages, before + 10.0, rtol=1e-5)
+        buffer.advantages = 2 * buffer.advantages
+        written = buffer.advantages.copy()
+        # What was written stays
+        buffer.returns -= 10.0
+        np.testing.assert_array_equal(buffer.advantages, written)
+
+    assert EpisodicA2C("MlpPolicy", TargetEnv(), seed=0, device="cpu").learn(20, callback=Write(write))._n_updates == 4
+
+
+@pytest.mark.parametrize("setting", ["carry", "recurrent", "masked"])
+def test_a_train_of_ones_own_gets_generalized_advantages(setting: str) -> None:
+    """And those that a callback has written."""
+    model = SETTINGS[setting](gae_lambda=0.5, seed=0, device="cpu")
+    seen: list[np.ndarray] = []
+
+    def train() -> None:
+        if not model.rollout_buffer.size():
+            return
+        with model.update_transaction() as transaction:
+            for samples in model.rollout_buffer.get():
+                values, log_prob, _ = model._evaluate_actions(samples)
+                samples = samples.completed(values.detach(), log_prob)
+                ((values - samples.returns).square().sum() - (log_prob * samples.advantages).sum()).backward()
+                np.testing.assert_array_equal(samples.advantages.numpy(), model.rollout_buffer.advantages[:, 0])
+                seen.append(np.abs(samples.advantages.numpy()).max())
+            transaction.take("an update", None, lambda: None)
+            model._n_updates += 1
+
+    model.train = train
+    watch = Watch()
+    model.learn(900, callback=watch)
+    assert watch.n_checked == len(seen) > 0 and min(seen) > 0
+    seen.clear()
+    model.learn(900, callback=Write(set_zero))
+    assert seen and max(seen) == 0
 
 
 @pytest.mark.parametrize("name", ["observations", "actions", "rewards", "values", "log_probs", "episode_starts"])

@@ -110,7 +110,7 @@ def test_held_noise_leaves_the_distribution_of_each_action(prob: float) -> None:
     """Discrete actions by Pearson's test over environments, which are independent, at a step in the midst."""
     policy = make_policy(spaces.Discrete(5), net_arch=[8])
     observation = np.random.default_rng(1).normal(size=3).astype(np.float32)
-    actor = make_actor(policy, "auto", np.random.default_rng(0), has_persistent_noise=True)
+    actor = make_actor(policy, "auto", np.random.default_rng(0), noise_resample_prob=0.5)
     actor.noise_resample_prob = prob
     observations = np.repeat(observation[None], 20_000, axis=0)
     steps = np.array([actor.sample(observations, {}) for _ in range(6)])
@@ -129,7 +129,7 @@ def test_held_noise_leaves_the_distribution_of_each_action(prob: float) -> None:
 )
 def test_noise_is_held_for_other_actions(action_space: spaces.Space) -> None:
     policy = make_policy(action_space)
-    actor = make_actor(policy, "auto", np.random.default_rng(0), has_persistent_noise=True)
+    actor = make_actor(policy, "auto", np.random.default_rng(0), noise_resample_prob=0.5)
     observations = np.zeros((50, 3), dtype=np.float32)
     actor.noise_resample_prob = 1e-12
     held = [actor.sample(observations, {}) for _ in range(4)]
@@ -155,6 +155,69 @@ def test_a_number_rises_to_independent_noise_at_half_of_the_training() -> None:
     model = EpisodicA2C(env="CartPole-v1", noise_resample_prob=lambda _: 0.2, **COMMON)
     model.learn(1_000, callback=Watch())
     assert {prob for _, prob in seen[len(probs) :]} == {0.2}
+
+
+def test_the_noise_of_a_further_training() -> None:
+    """A new one starts with the noise of its start; one that was resumed goes on where it was."""
+    seen: list[float] = []
+
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            seen.append(self.model._actor.noise_resample_prob)  # type: ignore[attr-defined]
+            return True
+
+    model = EpisodicA2C(env="CartPole-v1", noise_resample_prob=0.2, **COMMON).learn(500)
+    model.learn(500, callback=Watch())
+    assert seen[0] == 0.2
+    # 500 of 2,000 steps, half of the rise
+    model.learn(1_500, callback=Watch(), reset_num_timesteps=False)
+    assert seen[500] == pytest.approx(0.6)
+
+
+def test_noise_that_is_asked_for_later() -> None:
+    model = EpisodicA2C(env="CartPole-v1", actor="torch", **COMMON).learn(100)
+    model.noise_resample_prob = 0.2
+    with pytest.raises(ValueError, match=r'actor="torch" was asked for.*actor="auto"'):
+        model.learn(100)
+    model.actor = "auto"
+    model.learn(100)
+    assert model._actor.name == "numpy"
+
+
+def test_resumed_while_the_noise_changes(tmp_path: Path) -> None:
+    class Save(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:
+            if 150 < self.num_timesteps < 250:
+                save_checkpoint(self.model, tmp_path / "checkpoint")  # type: ignore[arg-type]
+
+    whole = EpisodicA2C(env=make_vec_env("CartPole-v1", 2), noise_resample_prob=0.1, **COMMON).learn(800, callback=Save())
+    resumed = load_checkpoint(tmp_path / "checkpoint", device="cpu")
+    resumed.learn(800 - resumed.num_timesteps, reset_num_timesteps=False)
+    assert th.equal(parameters_of(resumed), parameters_of(whole))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            {"noise_resample_prob": lambda _: -3.0},
+            r"noise_resample_prob` of the rollout before update 1 is -3.0.*>= 0 and <= 1",
+        ),
+        ({"noise_resample_prob": lambda _: 7.0}, r"noise_resample_prob` of the rollout before update 1 is 7.0"),
+        (
+            {"value_learning_rate": lambda _: -1.0, "n_value_epochs": 1},
+            r"value_learning_rate` of value epoch 1 .* is -1.0.*>= 0",
+        ),
+        ({"learning_rate": lambda left: left - 0.5}, r"learning_rate` of update .* is -0.*>= 0"),
+    ],
+)
+def test_schedules_out_of_range(arguments: dict[str, Any], message: str) -> None:
+    model = EpisodicA2C(env="CartPole-v1", **arguments, **COMMON)
+    with pytest.raises(ValueError, match=message):
+        model.learn(300)
 
 
 def test_predictions_do_not_hold_noise() -> None:
@@ -190,7 +253,7 @@ def test_masks_hold_with_held_noise() -> None:
     ],
 )
 def test_where_noise_cannot_persist(algorithm: type[Any], arguments: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValueError, match=rf"`noise_resample_prob` is not 1.*{reason}.*Leave it at 1.0"):
+    with pytest.raises(ValueError, match=rf"`noise_resample_prob` is 0.2.*{reason}.*Leave it at 1.0"):
         algorithm(**{"env": "CartPole-v1", **COMMON, "noise_resample_prob": 0.2, **arguments})
 
 

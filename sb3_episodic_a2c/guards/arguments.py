@@ -106,6 +106,11 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     check(
         "n_value_epochs", _is_integer(arguments["n_value_epochs"], 0), "It must be an integer >= 0 (gradient steps), e.g. 4."
     )
+    check(
+        "n_value_epochs",
+        arguments["n_value_epochs"] == 0 or vf_coef > 0,
+        "With vf_coef=0.0 there is no value loss to train on: set it to 0, or `vf_coef` to more than 0, e.g. 1.0.",
+    )
     value_learning_rate = arguments["value_learning_rate"]
     check(
         "value_learning_rate",

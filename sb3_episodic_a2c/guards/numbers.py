@@ -18,7 +18,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-NOT_MADE = "so the step was not made and the parameters are as they were before it."
+NOT_MADE = "so it was not made and the parameters are as they were before it."
 
 
 def has_finite_numbers(observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
@@ -101,7 +101,14 @@ def check_gradient(parameters: Sequence[nn.Parameter], step: str) -> th.Tensor:
     return norm
 
 
-def scheduled(name: str, value: float | Callable[[float], float], progress_remaining: float, step: str) -> float:
+def scheduled(
+    name: str,
+    value: float | Callable[[float], float],
+    progress_remaining: float,
+    step: str,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+) -> float:
     """
     The current value of an argument that may be a schedule.
 
@@ -109,14 +116,18 @@ def scheduled(name: str, value: float | Callable[[float], float], progress_remai
     :param value: A number, or a function of the progress remaining
     :param progress_remaining: From 1 to 0
     :param step: What it is for, e.g. a step of the optimizer, which is refused
+    :param minimum: The smallest number allowed
+    :param maximum: The largest number allowed
     :return: The number
-    :raises ValueError: It is not finite
+    :raises ValueError: It is not finite, or out of its range
     """
     number = float(value(progress_remaining) if callable(value) else value)
-    if not math.isfinite(number):
+    if not (math.isfinite(number) and minimum <= number <= maximum):
+        limits = "a finite number" if minimum == -math.inf else f"a number >= {minimum:g}"
+        limits += "" if maximum == math.inf else f" and <= {maximum:g}"
         raise ValueError(
             f"`{name}` of {step} is {number}, {NOT_MADE} Fix the schedule: it returned {number} at "
-            f"progress_remaining={progress_remaining}."
+            f"progress_remaining={progress_remaining}, where it must return {limits}."
         )
     return number
 
