@@ -189,7 +189,8 @@ def sample_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional
     Sample hyperparameters of :class:`EpisodicA2C` or :class:`MaskableEpisodicA2C`.
 
     The number of environments and their wrappers are not searched: the Zoo takes them from the config, or from
-    ``-params n_envs:8 normalize:...``.
+    ``-params n_envs:8 normalize:...``. Nor is ``noise_resample_prob``, which policies for images refuse: the Zoo does not say
+    here what the policy is.
 
     :param trial: Where they are drawn from
     :param n_actions: Dimension of a Box action space, 0 for any other
