@@ -743,8 +743,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         :param progress_bar: Display a progress bar using tqdm and rich.
         :return: the trained model
         :raises RuntimeError: A worker process of the environments died. Any other exception, Ctrl-C included, is passed
-            on; where an environment raised it, a note says which. The model is then as after its last update, and can be
-            saved and used; the next call resets the environments
+            on; where an environment raised it, a note says which. The model is then as after its last gradient step, and
+            can be saved and used; the next call resets the environments
         """
         check_unknown(unknown, type(self))
         n_finished = 0 if reset_num_timesteps else self._episode_num

@@ -2,7 +2,8 @@
 What may go wrong from outside, one subject a file: arguments, files, numbers, signals, worker processes. `transaction`
 undoes what an update has changed so far, `training` is the one `with` that `learn` needs.
 
-What a user sees of it. In each case the model is as after its last update, and the next ``learn`` resets the environments.
+What a user sees of it. In each case the model is as after its last gradient step, and the next ``learn`` resets the
+environments.
 
 - An environment raises: its own exception, with a note that names the environment and the step of its episode (Python 3.11
   and later).
@@ -13,7 +14,7 @@ What a user sees of it. In each case the model is as after its last update, and 
   and the step, or the update, at the end of the episode at the latest. It never reaches the optimizer.
 - NaN or infinity in a parameter, or numbers too large for the network: a ValueError before an action is taken. It names the
   parameter, or says that the numbers are too large.
-- A learning rate schedule returns NaN or infinity: a ValueError that names the update, which is not made.
+- A schedule returns NaN, infinity or a number out of its range: a ValueError that names the update, which is not made.
 - Ctrl-C, SIGTERM if Python handles it, an exception in a callback: passed on. In a terminal, Ctrl-C also ends the worker
   processes of ``SubprocVecEnv``, as in SB3: the next ``learn`` says so and asks for new ones.
 - A file is truncated, damaged, or of another network, algorithm or observation space: an error that says so. ``load`` makes no

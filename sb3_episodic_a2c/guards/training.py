@@ -1,4 +1,4 @@
-"""What an error in ``learn`` leaves: the model as after its last update, and the name of the environment that caused it."""
+"""What an error in ``learn`` leaves: the model as after its last gradient step, and the environment that caused it named."""
 
 import traceback
 import warnings
@@ -18,7 +18,7 @@ from sb3_episodic_a2c.guards.workers import base_env, stop_workers_if_one_died, 
 @contextmanager
 def guarded_training(model: Any) -> Iterator[None]:
     """
-    Leave the model as it was after its last update, whatever ends the training, Ctrl-C included.
+    Leave the model as it was after its last gradient step, whatever ends the training, Ctrl-C included.
 
     The next ``learn`` resets the environments. If an environment raised the error, a note names it.
 
