@@ -75,12 +75,13 @@ class Actor(Protocol):
     def policy(self) -> ActorCriticPolicy:
         """The policy that is sampled from."""
 
-    def refresh(self, plain: PlainMlp | str) -> bool:
+    def refresh(self, plain: PlainMlp | str, noise_resample_prob: float) -> bool:
         """
         Follow changes of the policy. Called before every rollout.
 
         :param plain: What :func:`~sb3_episodic_a2c.plain_mlp.inspect` returned for it
-        :return: Whether this actor can still do what the policy does
+        :param noise_resample_prob: What the noise of the rollout is to be
+        :return: Whether this actor can still do what the policy does, with such noise
         """
 
     def sample(self, observations: Array | dict[str, Array], policy_inputs: dict[str, Array]) -> Array:
@@ -166,9 +167,9 @@ class TorchActor:
     def policy(self) -> ActorCriticPolicy:
         return self._policy
 
-    def refresh(self, plain: PlainMlp | str) -> bool:
-        """Nothing to do: the policy itself is run."""
-        return True
+    def refresh(self, plain: PlainMlp | str, noise_resample_prob: float) -> bool:
+        """The policy itself is run, but noise cannot persist."""
+        return noise_resample_prob == INDEPENDENT
 
     def sample(self, observations: Array | dict[str, Array], policy_inputs: dict[str, Array]) -> Array:
         inputs: dict[str, Any] = policy_inputs
@@ -219,7 +220,7 @@ class NumpyActor:
         # Everything else follows from these, and belongs to the memory of this process
         return _unpickle_numpy_actor, (self.policy, self.rng)
 
-    def refresh(self, plain: PlainMlp | str) -> bool:
+    def refresh(self, plain: PlainMlp | str, noise_resample_prob: float) -> bool:
         if isinstance(plain, str) or reason_against_numpy(plain) is not None or is_compiled(plain.policy) != self._is_compiled:
             return False
         self.plain = plain

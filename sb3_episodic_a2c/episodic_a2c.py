@@ -17,15 +17,7 @@ from stable_baselines3.common.utils import explained_variance, update_learning_r
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_episodic_a2c.actors import (
-    INDEPENDENT,
-    ActorChoice,
-    NumpyActor,
-    action_bounds,
-    make_actor,
-    noise_schedule,
-    to_env_actions,
-)
+from sb3_episodic_a2c.actors import INDEPENDENT, ActorChoice, action_bounds, make_actor, noise_schedule, to_env_actions
 from sb3_episodic_a2c.buffers import INITIAL_BUFFER_SIZE, EpisodicRolloutBuffer
 from sb3_episodic_a2c.evaluation import (
     Evaluations,
@@ -79,9 +71,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         -\sum_t \log \pi(a_t|s_t) A_t + \text{vf\_coef} \sum_t \text{huber}(V(s_t), G_t)
         - \text{ent\_coef} \sum_t H(\pi(\cdot|s_t)), \qquad A_t = G_t - V(s_t)
 
-    summed, never averaged, over all transitions of all episodes.
-
-    ``gae_lambda < 1`` takes another :math:`A_t`, and ``n_value_epochs`` adds steps on the critic's term alone.
+    summed, never averaged, over all transitions of all episodes. ``gae_lambda < 1`` takes another :math:`A_t`, and
+    ``n_value_epochs`` adds steps on the critic's term alone.
 
     Where it differs from SB3's A2C: the unit is the episode (``n_episodes`` stands for ``n_steps``), returns are not
     bootstrapped except at a time limit, losses are sums, the value loss is Huber's, the optimizer is Adam, and ``learn``
@@ -131,9 +122,8 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         for a critic with layers of its own: what it shares with the actor keeps the momentum of the policy's step
     :param value_learning_rate: The learning rate of these steps, or a function as ``learning_rate``; None: ``learning_rate``
     :param noise_resample_prob: Probability that an environment gets new noise for its actions at a step. Less than 1: noise
-        persists, as with gSDE, while every action keeps the policy's own probability (over the noise; a state that was reached
-        by the same noise tells something of it). A number rises to 1 until half of the training is over; a function of the
-        progress remaining is taken as it is. Less than 1 needs the NumPy actor: no images, LSTM or gSDE
+        persists, as with gSDE, while every action keeps the policy's own probability. A number rises to 1 until half of the
+        training is over; a function of the progress remaining is taken as it is. Needs the NumPy actor, and no gSDE
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: An argument is out of its range, or the spaces of the environment are not supported
     """
@@ -284,16 +274,13 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
     def _refresh_actor(self) -> None:
         """Follow what was done to the policy since the last rollout."""
         plain = inspect(self.policy)
-        lacks_noise = self.noise_resample_prob != INDEPENDENT and not isinstance(self._actor, NumpyActor)
-        if self._actor.policy is not self.policy or lacks_noise or not self._actor.refresh(plain):
+        schedule, name = noise_schedule(self.noise_resample_prob), f"the rollout before update {self._n_updates + 1}"
+        noise = scheduled("noise_resample_prob", schedule, self._current_progress_remaining, name, 0.0, INDEPENDENT)
+        if self._actor.policy is not self.policy or not self._actor.refresh(plain, noise):
             # Another policy has taken its place, e.g. one trained by imitation, or it or the noise was changed
             self._setup_actor()
         self._plain_mlp = plain
-        name = f"the rollout before update {self._n_updates + 1}"
-        schedule = noise_schedule(self.noise_resample_prob)
-        self._actor.noise_resample_prob = scheduled(
-            "noise_resample_prob", schedule, self._current_progress_remaining, name, minimum=0.0, maximum=INDEPENDENT
-        )
+        self._actor.noise_resample_prob = noise
 
     def _current_plain_mlp(self) -> PlainMlp | None:
         """The layers that training may run without the policy's methods, if it is still the policy that was inspected."""
@@ -662,8 +649,6 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         """
         ``n_value_epochs`` gradient steps on the value loss alone. Returns the value loss after them, a sum.
 
-        Layers that the actor has, too, go on in the direction of the policy's step as well: the optimizer remembers it.
-
         :raises ValueError: The gradient of a step is not finite. The parameters are then as they were before that step
         """
         for epoch in range(self.n_value_epochs):
@@ -686,8 +671,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         """Take a step with the current learning rate, or one of its own, unless it would spoil the parameters."""
         argument, schedule = ("learning_rate", self.lr_schedule) if own_rate is None else ("value_learning_rate", own_rate)
         rate = scheduled(argument, schedule, self._current_progress_remaining, name, minimum=0.0)
-        if own_rate is not None:
-            self.logger.record("train/value_learning_rate", rate)
+        self.logger.record(f"train/{argument}", rate)
         set_rate = self._update_learning_rate if own_rate is None else partial(update_learning_rate, learning_rate=rate)
         step.take(name, self.max_grad_norm, lambda: set_rate(self.policy.optimizer))
 
@@ -712,13 +696,11 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             if self._last_obs is None and self.env is not None:
                 # An exception may have ended the last call within a step
                 resynchronize(self.env)
-        total_timesteps, callback = super()._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
-        if total_timesteps > 0:
+        total_and_callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        if self._total_timesteps > 0:
             # SB3 does this after a rollout, too late for the noise of the first one
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-        return total_timesteps, callback
+            self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
+        return total_and_callback
 
     def learn(
         self: SelfEpisodicA2C,
