@@ -38,13 +38,7 @@ from sb3_episodic_a2c.guards.arguments import (
     copy_nested,
 )
 from sb3_episodic_a2c.guards.files import SafelySaved
-from sb3_episodic_a2c.guards.numbers import (
-    NormalizeStatistics,
-    check_rewards,
-    has_finite_numbers,
-    scheduled,
-    statistics_of,
-)
+from sb3_episodic_a2c.guards.numbers import NormalizeStatistics, check_rewards, has_finite_numbers, scheduled, statistics_of
 from sb3_episodic_a2c.guards.resets import ResetWatch, warn_of_reset
 from sb3_episodic_a2c.guards.training import guarded_training, raise_if_not_finite, warn_of_no_episode
 from sb3_episodic_a2c.guards.transaction import OptimizerStep, Transaction
@@ -671,9 +665,11 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
         """Take a step with the current learning rate, or one of its own, unless it would spoil the parameters."""
         argument, schedule = ("learning_rate", self.lr_schedule) if own_rate is None else ("value_learning_rate", own_rate)
         rate = scheduled(argument, schedule, self._current_progress_remaining, name, minimum=0.0)
-        self.logger.record(f"train/{argument}", rate)
         set_rate = self._update_learning_rate if own_rate is None else partial(update_learning_rate, learning_rate=rate)
         step.take(name, self.max_grad_norm, lambda: set_rate(self.policy.optimizer))
+        if own_rate is not None:
+            # The other one is logged where it is set
+            self.logger.record("train/value_learning_rate", rate)
 
     # ------------------------------------------------------------------ learning
 

@@ -275,7 +275,7 @@ def test_advantages_follow_written_returns() -> None:
 def test_a_train_of_ones_own_gets_generalized_advantages(setting: str) -> None:
     """And those that a callback has written."""
     model = SETTINGS[setting](gae_lambda=0.5, seed=0, device="cpu")
-    seen: list[np.ndarray] = []
+    seen: list[float] = []
 
     def train() -> None:
         if not model.rollout_buffer.size():
@@ -286,7 +286,7 @@ def test_a_train_of_ones_own_gets_generalized_advantages(setting: str) -> None:
                 samples = samples.completed(values.detach(), log_prob)
                 ((values - samples.returns).square().sum() - (log_prob * samples.advantages).sum()).backward()
                 np.testing.assert_array_equal(samples.advantages.numpy(), model.rollout_buffer.advantages[:, 0])
-                seen.append(np.abs(samples.advantages.numpy()).max())
+                seen.append(float(np.abs(samples.advantages.numpy()).max()))
             transaction.take("an update", None, lambda: None)
             model._n_updates += 1
 

@@ -18,7 +18,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-NOT_MADE = "so it was not made and the parameters are as they were before it."
+NOT_MADE = "so {step} was not made and the parameters are as they were before it."
 
 
 def has_finite_numbers(observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
@@ -94,8 +94,8 @@ def check_gradient(parameters: Sequence[nn.Parameter], step: str) -> th.Tensor:
     norm = th.linalg.vector_norm(th.cat(gradients))
     if not math.isfinite(norm.item()):
         raise ValueError(
-            f"The gradient of {step} is not finite (norm {norm.item()}), {NOT_MADE} Lower `learning_rate`, set "
-            "`max_grad_norm`, or look for extreme observations and rewards with "
+            f"The gradient of {step} is not finite (norm {norm.item()}), {NOT_MADE.format(step=step)} Lower "
+            "`learning_rate`, set `max_grad_norm`, or look for extreme observations and rewards with "
             "stable_baselines3.common.vec_env.VecCheckNan."
         )
     return norm
@@ -126,8 +126,8 @@ def scheduled(
         limits = "a finite number" if minimum == -math.inf else f"a number >= {minimum:g}"
         limits += "" if maximum == math.inf else f" and <= {maximum:g}"
         raise ValueError(
-            f"`{name}` of {step} is {number}, {NOT_MADE} Fix the schedule: it returned {number} at "
-            f"progress_remaining={progress_remaining}, where it must return {limits}."
+            f"`{name}` of {step} is {number}, {NOT_MADE.format(step=step)} Fix the schedule: it returned "
+            f"{number} at progress_remaining={progress_remaining}, where it must return {limits}."
         )
     return number
 

@@ -425,7 +425,7 @@ def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
                 return {}
             with contextlib.closing(gym.make(self.env_name.gym_id, **self.env_kwargs)) as env:
                 is_vector = isinstance(env.observation_space, spaces.Box) and len(env.observation_space.shape) == 1
-                return dict(entries[CONTINUOUS_ENTRY]) if is_vector and isinstance(env.action_space, spaces.Box) else {}
+                return entries[CONTINUOUS_ENTRY] if is_vector and isinstance(env.action_space, spaces.Box) else {}
 
         @staticmethod
         def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
