@@ -236,6 +236,14 @@ def test_evaluations_know_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (frame["status"] == "finished").all(), frame["error"]
 
 
+def test_evaluations_of_an_agent_that_ignores_masks(tmp_path: Path) -> None:
+    hyperparams = {"policy": "MlpPolicy", "n_timesteps": 500, "use_masking": False}
+    (tmp_path / "entry.yml").write_text(yaml.dump({"CartPole-v1": hyperparams}))
+    algorithm = {"algorithms": ["episodic_a2c_mask"], "configs": {"episodic_a2c_mask": str(tmp_path / "entry.yml")}}
+    frame = compare(**{**GRID, **algorithm}, backend="sequential", output=tmp_path / "out")
+    assert (frame["status"] == "finished").all(), frame["error"]
+
+
 # ------------------------------------------------------------------ backends
 
 

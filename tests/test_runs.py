@@ -109,6 +109,7 @@ def users_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
     [
         ("UsersMasked-v0", "episodic_a2c_mask", {"learning_rate": 0.01}),
         ("UsersCartPole-v0", "episodic_a2c_lstm", {"env_kwargs": {"length": 3}}),
+        ("UsersCartPole-v0", "episodic_a2c_lstm", {"env_kwargs": "dict(length=3)"}),
     ],
 )
 def test_solve_an_environment_of_the_users(
@@ -133,8 +134,7 @@ def test_solve_an_environment_of_the_users(
     else:
         # An action that is not allowed would have been an error. Its target is drawn without the seed
         assert len(rewards) == 2
-        with pytest.raises(ValueError, match=r"gives it none.*\n.*Run"):
-            enjoy(tmp_path / "run", [])
+        enjoy(tmp_path / "run", ["--no-render", "-n", "120"])
 
 
 @pytest.mark.parametrize(
@@ -143,6 +143,7 @@ def test_solve_an_environment_of_the_users(
         ({"hyperparams": {"lerning_rate": 0.01}}, "'lerning_rate'.*Did you mean 'learning_rate'"),
         ({"hyperparams": {"gae_lambda": 2}}, "`gae_lambda` is 2"),
         ({"hyperparams": {"n_envs": 0}}, "`n_envs` is 0"),
+        ({"hyperparams": {"n_envs": 2.0}}, "`n_envs` is 2.0"),
         # Found when the training has begun
         ({"algorithm": "episodic_a2c_mask"}, "no method `action_masks`"),
     ],

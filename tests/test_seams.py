@@ -14,7 +14,7 @@ from sb3_episodic_a2c.guards.transaction import Transaction
 from sb3_episodic_a2c.losses import Losses, policy_loss
 from sb3_episodic_a2c.returns import STANDARDIZATIONS, ReturnStatistics, Standardization, update_statistics
 from sb3_episodic_a2c.samples import EpisodicRolloutBufferSamples
-from sb3_episodic_a2c.tools import zoo
+from sb3_episodic_a2c.tools import samplers
 from tests.envs import TargetEnv, vectorized
 
 
@@ -117,7 +117,7 @@ def test_another_standardisation_is_one_entry(monkeypatch: pytest.MonkeyPatch) -
     # RL Zoo's sampler offers it
     study = optuna.create_study()
     trial = study.ask()
-    zoo.sample_params(trial, n_actions=2, n_envs=1, additional_args={})
+    samplers.sample_params(trial, n_actions=2, n_envs=1, additional_args={})
     assert "scale" in trial.distributions["standardize_returns"].choices
     solved = StopTrainingOnSolved(reward_threshold=100, n_episodes=20)
     model = EpisodicA2C("MlpPolicy", "CartPole-v1", standardize_returns="scale", seed=0, device="cpu")

@@ -136,6 +136,47 @@ def test_environments_that_a_checkpoint_cannot_hold(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.monitor.csv"))) == 6
 
 
+class Lives(gym.Wrapper):
+    """Ends an episode every five steps, while the game goes on, as ``EpisodicLifeEnv`` does."""
+
+    is_over = True
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        self.n_steps = 0
+        if self.is_over:
+            self.observation, _ = self.env.reset(**kwargs)
+        return self.observation, {}
+
+    def step(self, action: int) -> tuple[np.ndarray, Any, bool, bool, dict]:
+        self.observation, reward, terminated, truncated, info = self.env.step(action)
+        self.is_over = terminated or truncated
+        self.n_steps += 1
+        return self.observation, reward, terminated or self.n_steps == 5, truncated, info
+
+
+def test_logs_of_games_with_lives(tmp_path: Path) -> None:
+    """More episodes end than games, of which the logs are. Those after the checkpoint must vanish as well."""
+    arguments: dict[str, Any] = {
+        "env_id": "Unpicklable-v0",
+        "n_envs": 2,
+        "reward_threshold": 500.0,
+        "total_timesteps": 2_500,
+        "hyperparams": {"env_wrapper": "tests.test_solve_resumed.Lives"},
+    }
+    start_and_kill(3, tmp_path, **arguments)
+    for path in tmp_path.glob("*.monitor.csv"):
+        with open(path, "a") as file:
+            file.write(f"123456.0,10,{10.0**6}\n")
+    with pytest.warns(UserWarning, match="cannot be part of the checkpoint"):
+        solve(**arguments, output=tmp_path, progress_bar=False)
+    model = EpisodicA2C.load(tmp_path / "model.zip", device="cpu")
+    games = load_results(str(tmp_path))
+    assert 20 < len(games) < model._episode_num
+    # Steps of unfinished games are missing, at the stop and at the end
+    assert 2_500 - 2 * 2 * 500 < games["l"].sum() <= 2_500
+    assert [info["r"] for info in model.ep_info_buffer] == games["r"].tolist()[-100:]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -206,7 +247,7 @@ def test_the_other_run_finishes_just_now(moment: str, tmp_path: Path, monkeypatc
     assert files_of(tmp_path) == {"0.monitor.csv", "model.zip"}
 
 
-@pytest.mark.parametrize("name", ["0.monitor.csv", "checkpoints/rl_model_100_steps.zip"])
+@pytest.mark.parametrize("name", ["0.monitor.csv", "checkpoints/rl_model_100_steps.zip", "vecnormalize.pkl"])
 def test_files_of_others_are_not_deleted(name: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
@@ -251,6 +292,8 @@ def test_interrupted_and_started_again(tmp_path: Path) -> None:
 def test_start_afresh(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"env_id": "CartPole-v1", "total_timesteps": 2_000}
     start_and_kill(2, tmp_path, **arguments, seed=5)
+    # Left by a run that normalises, and wrong for this one
+    (tmp_path / "vecnormalize.pkl").touch()
     result = solve(**arguments, seed=6, output=tmp_path, progress_bar=False, fresh=True)
     assert (result.num_timesteps, result.seed) == (2_000, 6)
     assert load_results(str(tmp_path))["l"].sum() <= 2_000

@@ -26,8 +26,8 @@ from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_episodic_a2c import EpisodicA2C, ResumableCheckpointCallback, notebook_preset, resume
 from sb3_episodic_a2c.__main__ import ZOO_COMMANDS, main
+from sb3_episodic_a2c.tools import samplers, zoo
 from sb3_episodic_a2c.tools import vectorization as vectorizations
-from sb3_episodic_a2c.tools import zoo
 from sb3_episodic_a2c.tools.entries import read_entry
 from sb3_episodic_a2c.tools.zoo import ALGORITHMS, config_path, experiment_manager_class, register
 from tests.processes import PATIENCE, Command
@@ -231,6 +231,69 @@ def test_train_with_another_config(tmp_path: Path) -> None:
     assert (model.standardize_returns, model.detach_advantage) == ("episode", False)
 
 
+STRICT_ENVS = """
+import gymnasium as gym
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+
+class StrictEnv(InvalidActionEnvDiscrete):
+    def step(self, action):
+        if action in self.invalid_actions:
+            raise RuntimeError(f"{action} is invalid")
+        return super().step(action)
+
+gym.register("Strict-v0", lambda render_mode=None: StrictEnv(dim=20, n_invalid_actions=15), max_episode_steps=50)
+"""
+
+
+def test_the_scripts_give_masks(tmp_path: Path) -> None:
+    """To an agent of which a single action without one would be an error."""
+    (tmp_path / "strict_envs.py").write_text(STRICT_ENVS)
+    options = ("--algo", "episodic_a2c_mask", "--env", "Strict-v0", "--gym-packages", "strict_envs")
+    run("train", *options, "-n", "400", "--eval-freq", "200", "--eval-episodes", "2", "--device", "cpu", cwd=tmp_path)
+    folder = tmp_path / "logs" / "episodic_a2c_mask" / "Strict-v0_1"
+    assert np.load(folder / "evaluations.npz")["timesteps"].tolist() == [200, 400]
+    for n_envs in ("1", "2"):
+        run("enjoy", *options, "-n", "120", "--no-render", "--n-envs", n_envs, cwd=tmp_path)
+    search = ("-optimize", "--n-trials", "2", "--n-jobs", "2", "--no-optim-plots", "--n-startup-trials", "2")
+    output = run("train", *options, "-n", "400", *search, "--device", "cpu", cwd=tmp_path)
+    assert "Number of finished trials:  2" in output
+    # An agent that ignores them gets none
+    unmasked = ("--env", "CartPole-v1", "-params", "use_masking:False")
+    run("train", "--algo", "episodic_a2c_mask", *unmasked, "-n", "200", "--eval-freq", "100", cwd=tmp_path)
+    run("enjoy", "--algo", "episodic_a2c_mask", "--env", "CartPole-v1", "-n", "50", "--no-render", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "env_id, env_kwargs, eval_env_kwargs, expected",
+    [
+        # Training episodes are shorter
+        ("Pendulum-v1", None, None, {}),
+        # It has no limit of its own: the greedy agent walked in a circle forever
+        ("CliffWalking-v1", None, None, {"max_episode_steps": 200}),
+        ("Pendulum-v1", {"g": 1.0}, None, {"g": 1.0}),
+        ("Pendulum-v1", {"g": 1.0}, {"g": 2.0}, {"g": 2.0}),
+    ],
+)
+def test_environments_of_evaluations(
+    env_id: str, env_kwargs: dict | None, eval_env_kwargs: dict | None, expected: dict, tmp_path: Path
+) -> None:
+    register()
+    given = {"env_kwargs": env_kwargs, "eval_env_kwargs": eval_env_kwargs}
+    config = str(config_path("episodic_a2c"))
+    arguments = argparse.Namespace(**given)
+    manager = experiment_manager_class()(arguments, "episodic_a2c", env_id, str(tmp_path), config=config, verbose=0, **given)
+    manager.read_hyperparameters()
+    assert manager.eval_env_kwargs == expected
+
+
+def test_an_agent_plays_what_it_was_evaluated_on(tmp_path: Path) -> None:
+    """Not the shorter episodes of its training, unless the user says so."""
+    run("train", "--env", "Pendulum-v1", "-n", "400", *SHORT, cwd=tmp_path)
+    enjoy = ("enjoy", "--env", "Pendulum-v1", "-n", "250", "--no-render")
+    assert "Episode Length 200" in run(*enjoy, cwd=tmp_path)
+    assert "Episode Length 70" in run(*enjoy, "--env-kwargs", "max_episode_steps:70", cwd=tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["episodic_a2c_lstm", "a2c"])
 def test_train_another_algorithm(algorithm: str, tmp_path: Path) -> None:
@@ -356,7 +419,7 @@ def test_a_trial_wins_over_the_entry(trial_id: int, env_id: str, tmp_path: Path)
     for gae_lambda in (0.9, 0.98):
         study.enqueue_trial({"gae_lambda": gae_lambda, "n_value_epochs": 0, "standardize_returns": "running"})
         trial = study.ask()
-        zoo.sample_params(trial, n_actions=7, n_envs=4, additional_args={})
+        samplers.sample_params(trial, n_actions=7, n_envs=4, additional_args={})
         study.tell(trial, 0.0)
     manager = experiment_manager_class()(
         argparse.Namespace(),
@@ -370,7 +433,7 @@ def test_a_trial_wins_over_the_entry(trial_id: int, env_id: str, tmp_path: Path)
         hyperparams={"huber_delta": 5.0},
     )
     hyperparams = manager.read_hyperparameters()[1]
-    expected = zoo.convert_params(study.trials[trial_id].params)
+    expected = samplers.convert_params(study.trials[trial_id].params)
     assert hyperparams.pop("huber_delta") == 5.0 and expected.pop("huber_delta") != 5.0
     assert {name: hyperparams[name] for name in expected} == expected
     # The rest is the entry's
@@ -381,9 +444,9 @@ def test_an_old_trial_has_no_generalized_advantages() -> None:
     """Studies of version 0.1 knew none, but an entry may have them."""
     study = optuna.create_study()
     trial = study.ask()
-    zoo.sample_params(trial, n_actions=1, n_envs=1, additional_args={})
+    samplers.sample_params(trial, n_actions=1, n_envs=1, additional_args={})
     new = {"gae_lambda", "n_value_epochs", "value_learning_rate"}
-    params = zoo.convert_params({name: value for name, value in trial.params.items() if name not in new})
+    params = samplers.convert_params({name: value for name, value in trial.params.items() if name not in new})
     assert (params["gae_lambda"], params["n_value_epochs"], params["value_learning_rate"]) == (1.0, 0, None)
 
 
@@ -402,11 +465,11 @@ def test_register_twice_changes_nothing() -> None:
 def test_choices_of_standardisation_are_those_of_old_studies() -> None:
     """Optuna refuses to go on with a study if the choices or their order have changed."""
     trial = optuna.create_study().ask()
-    zoo.sample_params(trial, 0, 1, {})
+    samplers.sample_params(trial, 0, 1, {})
     choices = optuna.distributions.CategoricalDistribution(("running", "episode", "rollout", None))
     assert trial.distributions["standardize_returns"] == choices
     for name, has_units in {"running": True, "episode": False, "rollout": False, None: True}.items():
-        params = zoo.convert_params({**trial.params, "standardize_returns": name})
+        params = samplers.convert_params({**trial.params, "standardize_returns": name})
         assert params["handle_timeout_termination"] == has_units
 
 
@@ -448,7 +511,7 @@ def test_samples_fit_every_entry(space: str) -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     env = make_random_envs(SPACES[space], 1)
     for _ in range(20):
-        arguments = zoo.sample_params(study.ask(), 2 if space == "box" else 0, 1, {})
+        arguments = samplers.sample_params(study.ask(), 2 if space == "box" else 0, 1, {})
         EpisodicA2C("MlpPolicy", env, device="cpu", **{**entry, **arguments})
 
 

@@ -13,11 +13,13 @@ import gymnasium as gym
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_episodic_a2c.tools.extras import install, lacks_atari
-from sb3_episodic_a2c.tools.zoo import ALGORITHMS, config_path, experiment_manager_class
-
-TRAINING_ONLY = ("max_episode_steps",)
-"""Entries of ``env_kwargs`` that an algorithm may train with, while agents are evaluated without them."""
-
+from sb3_episodic_a2c.tools.zoo import (
+    ALGORITHMS,
+    config_path,
+    evaluate_kwargs,
+    evaluation_env_kwargs,
+    experiment_manager_class,
+)
 
 EVAL_SEED = 1_000_000
 """The first evaluation episode of a training with seed 0 starts from it: far above the seeds of training episodes."""
@@ -64,20 +66,6 @@ def read_entry(
     return hyperparams
 
 
-def evaluation_env_kwargs(env_id: str, hyperparams: dict[str, Any]) -> dict[str, Any]:
-    """
-    :param env_id: Id of the environment
-    :param hyperparams: Its entry
-    :return: The arguments that the environment is made with for evaluations
-    """
-    env_kwargs = dict(hyperparams.get("env_kwargs") or {})
-    spec = gym.registry.get(env_id)
-    if spec is not None and spec.max_episode_steps is None:
-        # Without a limit of its own, a greedy agent may walk in a circle forever
-        return env_kwargs
-    return {name: value for name, value in env_kwargs.items() if name not in TRAINING_ONLY}
-
-
 def entry_manager(
     algorithm: str,
     env_id: str,
@@ -121,8 +109,10 @@ def entry_manager(
         verbose=0,
         eval_env_kwargs={**evaluation_env_kwargs(env_id, hyperparams), **(env_kwargs or {})},
     )
-    # Copies: the Zoo deletes entries
-    preprocessed = manager._preprocess_hyperparams(copy.deepcopy(hyperparams))
+    # Copies: the Zoo deletes entries. It knows no code in a string for these
+    preprocessed = manager._preprocess_hyperparams(
+        {**copy.deepcopy(hyperparams), "env_kwargs": evaluate_kwargs(hyperparams.get("env_kwargs"))}
+    )
     manager.arguments, manager.env_wrapper, manager.callbacks, manager.vec_env_wrapper = preprocessed
     return manager
 

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 import time
@@ -26,6 +27,9 @@ except ImportError:
 
 CHECKPOINTS = "checkpoints"
 """Folder in the output folder of a run, as long as the run is not finished."""
+
+STATISTICS = "vecnormalize.pkl"
+"""Of ``VecNormalize``, where the entry normalises."""
 
 REMOVED = f".{CHECKPOINTS}.done"
 """Its name while it is removed at the end."""
@@ -120,7 +124,8 @@ def _check_unused(folder: Path, fresh: bool) -> None:
 
 
 def _files_of_training(folder: Path) -> list[Path]:
-    return [*checkpoints_in(folder), *folder.glob("*.monitor.csv")]
+    # An agent would be evaluated with statistics that a run of other hyperparameters has left
+    return [*checkpoints_in(folder), *folder.glob("*.monitor.csv"), *folder.glob(STATISTICS)]
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -153,15 +158,18 @@ def resume_run(folder: Path, make_env: Callable[[int], VecEnv], device: str) -> 
         warnings.filterwarnings("ignore", ".* holds no environments")
         model = resume(folder / CHECKPOINTS, device=device)
     if model is not None and model.env is None:
-        n_logs = _cut_logs(folder, model._episode_num)
+        assert model.ep_info_buffer is not None
+        n_logs = _cut_logs(folder, list(model.ep_info_buffer))
         model = resume(folder / CHECKPOINTS, make_env(n_logs), device=device)
     return model
 
 
-def _cut_logs(folder: Path, n_episodes: int) -> int:
+def _cut_logs(folder: Path, last_episodes: list[dict[str, Any]]) -> int:
     """
     Keep only the first episodes in the ``*.monitor.csv``: the episodes after the checkpoint will be played again, differently.
 
+    :param last_episodes: The last that the checkpoint knows, as ``Monitor`` gave them. Not their number: wrappers may end an
+        episode early, e.g. at the loss of a life, which is no row of the log
     :return: Number of logs
     """
     logs = {Path(name): _read_log(Path(name)) for name in get_monitor_files(str(folder))}
@@ -170,9 +178,18 @@ def _cut_logs(folder: Path, n_episodes: int) -> int:
         path: [json.loads(header[1:])["t_start"] + float(row.split(",")[2]) for row in rows]
         for path, (header, _, *rows) in logs.items()
     }
-    last_times = sorted(time for log_times in times.values() for time in log_times)[:n_episodes][-1:]
+    known = {(str(episode["l"]), str(episode["t"])) for episode in last_episodes}
+    last_time = max(
+        (
+            time
+            for path, (_, _, *rows) in logs.items()
+            for row, time in zip(rows, times[path], strict=True)
+            if tuple(row.rstrip().split(",")[1:3]) in known
+        ),
+        default=-math.inf,
+    )
     for path, lines in logs.items():
-        n_kept = sum(time <= last_time for last_time in last_times for time in times[path])
+        n_kept = sum(time <= last_time for time in times[path])
         with atomic_write(path) as file:
             file.write("".join(lines[: 2 + n_kept]).encode())
     return len(logs)

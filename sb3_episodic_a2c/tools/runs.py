@@ -20,14 +20,12 @@ import yaml
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_episodic_a2c import EpisodicA2C
-from sb3_episodic_a2c.tools.entries import entry_manager, evaluation_env_kwargs, import_packages
+from sb3_episodic_a2c.tools.entries import entry_manager, import_packages
 from sb3_episodic_a2c.tools.greedy import Evaluation, evaluate
+from sb3_episodic_a2c.tools.run_folder import STATISTICS
 from sb3_episodic_a2c.tools.zoo import ALGORITHMS, launch, register
 
 MODEL = "model.zip"
-
-STATISTICS = "vecnormalize.pkl"
-"""Of ``VecNormalize``, where the entry normalises."""
 
 CONFIG = "config.yml"
 """The hyperparameters, as RL Zoo writes and reads them."""
@@ -130,11 +128,6 @@ def enjoy(folder: str | Path, arguments: list[str]) -> None:
     :param arguments: The Zoo's other arguments
     """
     run = Run.read(folder)
-    if run.algorithm == "episodic_a2c_mask" and run.hyperparams.get("use_masking", True):
-        raise ValueError(
-            f"`run` {folder} is of an agent with action masks, and RL Zoo's `enjoy` gives it none. Play it from Python:\n"
-            + run.snippet()
-        )
     name = run.env_id.replace("/", "-")
     with tempfile.TemporaryDirectory() as zoo_folder:
         # The Zoo finds an agent by the layout of its own run folders
@@ -143,9 +136,7 @@ def enjoy(folder: str | Path, arguments: list[str]) -> None:
         shutil.copy(run.folder / MODEL, f"{parameters}.zip")
         if (run.folder / STATISTICS).exists():
             shutil.copy(run.folder / STATISTICS, parameters)
-        # The task that the agent was evaluated on, not shorter episodes of the training
-        played = {**run.hyperparams, "env_kwargs": evaluation_env_kwargs(run.env_id, run.hyperparams)}
-        (parameters / CONFIG).write_text(yaml.dump(played))
+        shutil.copy(run.folder / CONFIG, parameters)
         found = ["--algo", run.algorithm, "--env", run.env_id, "--folder", zoo_folder, "--exp-id", "1"]
         packages = run.result["gym_packages"]
         launch("enjoy", [*found, *(["--gym-packages", *packages] if packages else []), *arguments])

@@ -31,7 +31,6 @@ from sb3_episodic_a2c.guards.files import atomic_write
 from sb3_episodic_a2c.tools.entries import (
     check_env,
     entry_manager,
-    evaluation_env_kwargs,
     evaluation_seed,
     import_packages,
     read_entry,
@@ -40,13 +39,14 @@ from sb3_episodic_a2c.tools.greedy import Evaluation, evaluate
 from sb3_episodic_a2c.tools.record import one_line, reason_against_pictures, record_episodes
 from sb3_episodic_a2c.tools.run_folder import (
     CHECKPOINTS,
+    STATISTICS,
     checkpoints_in,
     discarded_without_a_model,
     finish,
     open_folder,
     resume_run,
 )
-from sb3_episodic_a2c.tools.runs import CONFIG, MODEL, RESULT, STATISTICS, Run
+from sb3_episodic_a2c.tools.runs import CONFIG, MODEL, RESULT, Run
 from sb3_episodic_a2c.tools.vectorization import HELP as VECTORIZATION_HELP
 from sb3_episodic_a2c.tools.vectorization import VECTORIZATIONS, check_vectorization
 from sb3_episodic_a2c.tools.versions import versions
@@ -55,6 +55,7 @@ from sb3_episodic_a2c.tools.zoo import (
     DEFAULT_ALGORITHM,
     config_path,
     evaluate_kwargs,
+    evaluation_env_kwargs,
     register,
     store_dict_action,
 )
@@ -199,7 +200,7 @@ def solve(
     if n_envs is not None:
         entry["n_envs"] = n_envs
     n_envs = entry.get("n_envs", 1)
-    if n_envs < 1:
+    if not isinstance(n_envs, int) or n_envs < 1:
         raise ValueError(f"`n_envs` is {n_envs}. It must be an integer >= 1.")
     if preset == "notebook" and n_envs != 1:
         raise ValueError(f"`n_envs` is {n_envs}, but the notebook has one environment. Use 1, or another preset.")

@@ -26,7 +26,6 @@ Limits of the Zoo:
 - ``plot_from_file`` needs two evaluations and two runs of an algorithm. Its flags ``-r``, ``-vs`` and ``-iqm`` need rliable,
   which is archived and needs pandas < 3, so it is not installed.
 - ``all_plots`` drops runs with fewer evaluations than the longest one: give all of them the same ``-n``.
-- The search samples networks with separate actor and critic, so it does not fit ``"SharedMlpPolicy"``.
 - ``--track`` needs ``pip install wandb``.
 - ``push_to_hub`` is broken in rl_zoo3 2.9.2, so the command line does not have it.
 
@@ -38,6 +37,9 @@ Worked around in rl_zoo3 2.9.2:
 - ``--trial-id 0`` is ignored.
 - ``record_training`` fails with a relative ``-o``, and without ffmpeg on the PATH.
 - ``benchmark`` fails at its very end if the folder of its table is missing.
+- Evaluations, searches, ``enjoy`` and ``record_video`` know no action masks.
+- ``train`` evaluates and ``record_video`` plays without the ``env_kwargs`` of an entry, and ``enjoy`` plays with all of them,
+  also those that shorten training episodes. Here it is :func:`evaluation_env_kwargs` for each.
 """
 
 import argparse
@@ -53,23 +55,21 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium import spaces
+from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
+from sb3_contrib.common.maskable.utils import get_action_masks
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
-from torch import nn
+from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_episodic_a2c
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C
-from sb3_episodic_a2c.actors import INDEPENDENT
-from sb3_episodic_a2c.returns import STANDARDIZATIONS
-from sb3_episodic_a2c.selection import PARTIAL_EPISODES
+from sb3_episodic_a2c.tools.samplers import convert_params, sample_lstm_params, sample_params
 from sb3_episodic_a2c.tools.vectorization import make_vec_env
-
-if TYPE_CHECKING:
-    import optuna
 
 ALGORITHMS: dict[str, type[EpisodicA2C]] = {
     "episodic_a2c": EpisodicA2C,
@@ -83,15 +83,14 @@ DEFAULT_ALGORITHM = "episodic_a2c"
 LOG_FOLDER = "logs"
 """Where the Zoo's ``train`` writes by default."""
 
-NET_ARCHS: dict[str, list[int]] = {"tiny": [64], "small": [64, 64], "medium": [128, 128], "big": [256, 256]}
-
 OUR_SCHEDULES = ("ent_coef", "value_learning_rate")
 """Arguments of our algorithms that may be schedules, besides those that the Zoo knows."""
 
 CONTINUOUS_ENTRY = "default-continuous"
 """Key of the entry, in a file of hyperparameters, for unlisted environments with vectors as observations and Box actions."""
 
-ACTIVATION_FNS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+TRAINING_ONLY = ("max_episode_steps",)
+"""Entries of ``env_kwargs`` that an algorithm may train with, while agents are evaluated without them."""
 
 
 def config_path(name: str) -> Path:
@@ -181,109 +180,27 @@ def evaluate_kwargs(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
     return dict(kwargs or {})
 
 
-# ------------------------------------------------------------------ hyperparameter search
-
-
-def sample_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+def evaluation_env_kwargs(env_id: str, hyperparams: dict[str, Any]) -> dict[str, Any]:
     """
-    Sample hyperparameters of :class:`EpisodicA2C` or :class:`MaskableEpisodicA2C`.
-
-    The number of environments and their wrappers are not searched: the Zoo takes them from the config, or from
-    ``-params n_envs:8 normalize:...``. Nor is ``noise_resample_prob``, which policies for images refuse: the Zoo does not say
-    here what the policy is.
-
-    :param trial: Where they are drawn from
-    :param n_actions: Dimension of a Box action space, 0 for any other
-    :param n_envs: Number of environments
-    :param additional_args: For off-policy algorithms; ignored
-    :return: Arguments of the constructor
+    :param env_id: Id of the environment
+    :param hyperparams: Its entry
+    :return: The arguments that the environment is made with for evaluations
     """
-    return _arguments(_suggest(trial, n_actions, n_envs))
+    env_kwargs = evaluate_kwargs(hyperparams.get("env_kwargs"))
+    spec = gym.registry.get(env_id)
+    if spec is not None and spec.max_episode_steps is None:
+        # Without a limit of its own, a greedy agent may walk in a circle forever
+        return env_kwargs
+    return {name: value for name, value in env_kwargs.items() if name not in TRAINING_ONLY}
 
 
-def sample_lstm_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
-    """Sample hyperparameters of :class:`RecurrentEpisodicA2C`, see :func:`sample_params`."""
-    sampled_params = {
-        **_suggest(trial, n_actions, n_envs),
-        "lstm_hidden_size": trial.suggest_categorical("lstm_hidden_size", [16, 32, 64, 128, 256]),
-        "enable_critic_lstm": trial.suggest_categorical("enable_critic_lstm", [False, True]),
-    }
-    return _arguments(sampled_params)
-
-
-def _suggest(trial: "optuna.Trial", n_actions: int, n_envs: int) -> dict[str, Any]:
-    sampled_params: dict[str, Any] = {
-        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-4, 0.1, log=True),
-        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 2e-2, log=True),
-        "lr_schedule": trial.suggest_categorical("lr_schedule", ["constant", "linear"]),
-        # 1, 2, 4 or 8
-        "n_episodes_pow": trial.suggest_int("n_episodes_pow", 0, 3),
-        "standardize_returns": trial.suggest_categorical("standardize_returns", list(STANDARDIZATIONS)),
-        "ent_coef": trial.suggest_float("ent_coef", 1e-8, 0.1, log=True),
-        "vf_coef": trial.suggest_float("vf_coef", 0.1, 2.0, log=True),
-        "huber_delta": trial.suggest_categorical("huber_delta", [0.3, 1.0, 10.0]),
-        # The gradient is a sum over all transitions, so the values are larger than A2C's. If every update is clipped, Adam
-        # gives all the same weight, however long their episodes
-        "max_grad_norm": trial.suggest_categorical("max_grad_norm", [None, 1.0, 10.0, 100.0]),
-        "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS)),
-        "activation_fn": trial.suggest_categorical("activation_fn", list(ACTIVATION_FNS)),
-        "gae_lambda": trial.suggest_categorical("gae_lambda", [0.9, 0.95, 0.98, 1.0]),
-        "n_value_epochs": trial.suggest_categorical("n_value_epochs", [0, 4, 10]),
-        "value_learning_rate": trial.suggest_float("value_learning_rate", 1e-4, 1e-2, log=True),
-    }
-    if n_envs > 1:
-        sampled_params["partial_episodes"] = trial.suggest_categorical("partial_episodes", list(PARTIAL_EPISODES))
-    if n_actions > 0:
-        sampled_params["use_sde"] = trial.suggest_categorical("use_sde", [False, True])
-        sampled_params["sde_sample_freq"] = trial.suggest_categorical("sde_sample_freq", [-1, 4, 8, 16, 64])
-        sampled_params["log_std_init"] = trial.suggest_float("log_std_init", -2.0, 1.0)
-    # The Zoo displays these instead of the transformed values
-    trial.set_user_attr("gamma", 1 - sampled_params["one_minus_gamma"])
-    trial.set_user_attr("n_episodes", 2 ** sampled_params["n_episodes_pow"])
-    return sampled_params
-
-
-def convert_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+def asks_for_masks(algorithm: str, hyperparams: dict[str, Any]) -> bool:
     """
-    :param sampled_params: What a trial stores
-    :return: Hyperparameters as they stand in a config: arguments of the constructor, except for the learning rate, where the
-        Zoo turns ``"lin_0.003"`` into a schedule
+    :param algorithm: Zoo id of the algorithm
+    :param hyperparams: An entry of it
+    :return: Whether its agents need the action masks of their environments
     """
-    params = dict(sampled_params)
-    if params.pop("lr_schedule") == "linear":
-        params["learning_rate"] = f"lin_{params['learning_rate']}"
-    params["gamma"] = 1 - params.pop("one_minus_gamma")
-    params["n_episodes"] = 2 ** params.pop("n_episodes_pow")
-    # What does not fit the rest is overwritten, not left out: the environment's entry may have it
-    has_units = STANDARDIZATIONS[params["standardize_returns"]].has_units
-    # A value at a time limit, and one in an advantage, needs a critic that has units
-    params["handle_timeout_termination"] = has_units
-    # Studies of older versions have none
-    params.setdefault("n_value_epochs", 0)
-    params.setdefault("gae_lambda", 1.0)
-    if not has_units:
-        params["gae_lambda"] = 1.0
-    if params["n_value_epochs"] == 0:
-        params["value_learning_rate"] = None
-    if params.get("use_sde"):
-        params["noise_resample_prob"] = INDEPENDENT
-    net_arch = NET_ARCHS[params.pop("net_arch")]
-    policy_kwargs = {
-        "net_arch": {"pi": list(net_arch), "vf": list(net_arch)},
-        "activation_fn": ACTIVATION_FNS[params.pop("activation_fn")],
-    }
-    for name in ("log_std_init", "lstm_hidden_size", "enable_critic_lstm"):
-        if name in params:
-            policy_kwargs[name] = params.pop(name)
-    return {**params, "policy_kwargs": policy_kwargs}
-
-
-def _arguments(sampled_params: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the constructor. In a search the Zoo makes no schedules, so they are made here."""
-    arguments = convert_params(sampled_params)
-    if sampled_params["lr_schedule"] == "linear":
-        arguments["learning_rate"] = LinearSchedule(sampled_params["learning_rate"], 0.0, 1.0)
-    return arguments
+    return issubclass(algorithms()[algorithm], MaskableEpisodicA2C) and hyperparams.get("use_masking", True)
 
 
 # ------------------------------------------------------------------ command line
@@ -324,10 +241,15 @@ def launch(command: str, arguments: list[str]) -> None:
                 if vectorization in ("gymnasium", "envpool"):
                     manager_class.vectorization = vectorization
                 stack.enter_context(_replaced(module, "ExperimentManager", manager_class))
+            else:
+                stack.enter_context(_played_as_evaluated(module, arguments))
             getattr(module, command)()
         else:
             stack.enter_context(_replaced(subprocess, "call", _call_our_launcher))
-            if command == "record_training":
+            if command == "record_video":
+                # It imports them when it runs
+                stack.enter_context(_played_as_evaluated(importlib.import_module("rl_zoo3.utils"), arguments))
+            elif command == "record_training":
                 stack.enter_context(_ffmpeg_on_path())
             elif command == "benchmark":
                 # It writes its table there at its very end, and fails if the folder is missing
@@ -373,16 +295,19 @@ def _option(*names: str) -> argparse.ArgumentParser:
 def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
     """
     :param experiment_manager: ``rl_zoo3.exp_manager.ExperimentManager``
-    :return: A subclass that works around two upstream bugs, makes schedules of ``ent_coef: lin_0.01``, training environments
-        by our ``make_vec_env``, and knows :data:`CONTINUOUS_ENTRY`
+    :return: A subclass that works around upstream's bugs, makes schedules of ``ent_coef: lin_0.01``, training environments by
+        our ``make_vec_env``, and knows :data:`CONTINUOUS_ENTRY` and action masks
     """
 
     class ExperimentManager(experiment_manager):
         custom_hyperparams: dict[str, Any] | None
+        eval_env_kwargs: dict[str, Any]
         vectorization = "dummy"
         """Of the training environments. ``"dummy"`` leaves the choice to the Zoo."""
         first_index = 0
         """Number of the first training environment, and of its log."""
+        asks_for_masks = False
+        """See :func:`asks_for_masks`."""
 
         def create_log_folder(self) -> None:
             # Upstream makes a run folder with a Monitor file for a hyperparameter search, which never uses it. `enjoy` then
@@ -405,27 +330,26 @@ def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
                 raise
 
         def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
-            hyperparams = self._continuous_entry()
+            hyperparams = _continuous_entry(self)
             # Upstream tests `if self.trial_id`, so that `--trial-id 0` is ignored. Others must not lose to that entry
             if self.storage and self.study_name and self.trial_id is not None:
                 hyperparams |= self.load_trial(self.storage, self.study_name, self.trial_id)
             self.custom_hyperparams = {**hyperparams, **(self.custom_hyperparams or {})}
-            return super().read_hyperparameters()
+            hyperparams, saved_hyperparams = super().read_hyperparameters()
+            if not self.eval_env_kwargs:
+                # Upstream takes those of the command line only
+                self.eval_env_kwargs = evaluation_env_kwargs(self.env_name.gym_id, hyperparams)
+            self.asks_for_masks = asks_for_masks(self.algo, hyperparams)
+            return hyperparams, saved_hyperparams
 
-        def _continuous_entry(self) -> dict[str, Any]:
-            """What a file of ours says of environments like this one, besides its ``default``, if it does not list it."""
-            if self._is_atari or not str(self.config).endswith((".yml", ".yaml")):
-                return {}
-            # Here, as it comes with the Zoo: without it, the Zoo is what is missing
-            import yaml
+        def create_callbacks(self) -> None:
+            with _masked_evaluations(self.asks_for_masks):
+                super().create_callbacks()
 
-            with open(self.config) as file:
-                entries = yaml.safe_load(file) or {}
-            if CONTINUOUS_ENTRY not in entries or self.env_name.gym_id in entries:
-                return {}
-            with contextlib.closing(gym.make(self.env_name.gym_id, **self.env_kwargs)) as env:
-                is_vector = isinstance(env.observation_space, spaces.Box) and len(env.observation_space.shape) == 1
-                return entries[CONTINUOUS_ENTRY] if is_vector and isinstance(env.action_space, spaces.Box) else {}
+        def hyperparameters_optimization(self) -> None:
+            # Around all trials, as they may run in threads
+            with _masked_evaluations(self.asks_for_masks):
+                super().hyperparameters_optimization()
 
         @staticmethod
         def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
@@ -437,6 +361,85 @@ def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
             return experiment_manager._preprocess_schedules(hyperparams)
 
     return ExperimentManager
+
+
+def _continuous_entry(manager: Any) -> dict[str, Any]:
+    """What a file of ours says of environments like the manager's, besides its ``default``, if it does not list it."""
+    if manager._is_atari or not str(manager.config).endswith((".yml", ".yaml")):
+        return {}
+    # Here, as it comes with the Zoo: without it, the Zoo is what is missing
+    import yaml
+
+    with open(manager.config) as file:
+        entries = yaml.safe_load(file) or {}
+    if CONTINUOUS_ENTRY not in entries or manager.env_name.gym_id in entries:
+        return {}
+    with contextlib.closing(gym.make(manager.env_name.gym_id, **manager.env_kwargs)) as env:
+        is_vector = isinstance(env.observation_space, spaces.Box) and len(env.observation_space.shape) == 1
+        return entries[CONTINUOUS_ENTRY] if is_vector and isinstance(env.action_space, spaces.Box) else {}
+
+
+@contextlib.contextmanager
+def _masked_evaluations(are_needed: bool) -> Iterator[None]:
+    """Let the Zoo's callbacks of evaluation ask for action masks."""
+    if not are_needed:
+        yield
+        return
+    module = importlib.import_module("rl_zoo3.exp_manager")
+    trial_callback = type("MaskableTrialEvalCallback", (module.TrialEvalCallback, MaskableEvalCallback), {})
+    with (
+        _replaced(module, "EvalCallback", MaskableEvalCallback),
+        _replaced(module, "TrialEvalCallback", trial_callback),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _played_as_evaluated(module: Any, arguments: list[str]) -> Iterator[None]:
+    """
+    Let a script play an agent in the environment that it was evaluated in, with the action masks that it needs.
+
+    :param module: From which the script takes the Zoo's functions
+    :param arguments: The user's
+    """
+    get_saved_hyperparams, create_test_env = module.get_saved_hyperparams, module.create_test_env
+    env_kwargs: dict[str, Any] = {}
+    test_env: VecEnv | None = None
+
+    def keep_env_kwargs(*args: Any, **kwargs: Any) -> tuple[dict[str, Any], str | None]:
+        hyperparams, stats_path = get_saved_hyperparams(*args, **kwargs)
+        env_id = _given(arguments, "--env")
+        if env_id is not None:
+            env_kwargs.update(evaluation_env_kwargs(env_id, {"env_kwargs": hyperparams.pop("env_kwargs", None)}))
+        return hyperparams, stats_path
+
+    def keep_test_env(*args: Any, **kwargs: Any) -> VecEnv:
+        nonlocal test_env
+        # Those of the command lines, of `train` and of the script, win
+        test_env = create_test_env(*args, **{**kwargs, "env_kwargs": {**env_kwargs, **kwargs["env_kwargs"]}})
+        return test_env
+
+    class Player(MaskableEpisodicA2C):
+        """Asks the script's environments for the masks that the script does not give."""
+
+        def predict(
+            self,
+            observation: np.ndarray | dict[str, np.ndarray],
+            state: tuple[np.ndarray, ...] | None = None,
+            episode_start: np.ndarray | None = None,
+            deterministic: bool = False,
+            action_masks: np.ndarray | None = None,
+        ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+            if self.use_masking and test_env is not None:
+                action_masks = get_action_masks(test_env)
+            return super().predict(observation, state, episode_start, deterministic, action_masks)
+
+    with (
+        _replaced(module, "get_saved_hyperparams", keep_env_kwargs),
+        _replaced(module, "create_test_env", keep_test_env),
+        _replaced(module, "ALGOS", {**module.ALGOS, "episodic_a2c_mask": Player}),
+    ):
+        yield
 
 
 _subprocess_call = subprocess.call

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 import sb3_episodic_a2c
-from sb3_episodic_a2c.tools.entries import evaluation_env_kwargs, evaluation_seed
+from sb3_episodic_a2c.tools.entries import evaluation_seed
+from sb3_episodic_a2c.tools.zoo import evaluation_env_kwargs
 
 CELL_FILE = "cell.json"
 """The settings and what was measured, beside the files of the Zoo. A run folder that has it is complete."""

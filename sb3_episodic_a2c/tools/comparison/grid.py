@@ -7,9 +7,9 @@ from typing import Any
 
 from sb3_episodic_a2c.tools.comparison.cells import Cell
 from sb3_episodic_a2c.tools.comparison.hyperparams import check_algorithm, hyperparams_of, zoo_id
-from sb3_episodic_a2c.tools.entries import TRAINING_ONLY, check_env, import_packages
+from sb3_episodic_a2c.tools.entries import check_env, import_packages
 from sb3_episodic_a2c.tools.vectorization import check_vectorization
-from sb3_episodic_a2c.tools.zoo import register
+from sb3_episodic_a2c.tools.zoo import TRAINING_ONLY, register
 
 DEFAULT_SEEDS = 10
 

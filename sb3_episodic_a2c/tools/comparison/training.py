@@ -31,7 +31,6 @@ from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
 
-from sb3_episodic_a2c import MaskableEpisodicA2C
 from sb3_episodic_a2c.guards.files import atomic_write
 from sb3_episodic_a2c.tools.comparison.cells import (
     CELL_FILE,
@@ -42,7 +41,7 @@ from sb3_episodic_a2c.tools.comparison.cells import (
     is_finished,
 )
 from sb3_episodic_a2c.tools.versions import versions
-from sb3_episodic_a2c.tools.zoo import algorithms, experiment_manager_class, register
+from sb3_episodic_a2c.tools.zoo import asks_for_masks, experiment_manager_class, register
 
 _one_at_a_time = threading.Lock()
 """Trainings share the random states of torch and NumPy, so the threads of a Dask worker must train one by one."""
@@ -78,6 +77,11 @@ def _exit_if_orphaned() -> None:
 
 
 def _train(cell: Cell, retrain: bool) -> None:
+    if cell.vectorization == "subproc" and multiprocessing.current_process().daemon:
+        raise ValueError(
+            "`vectorization` is 'subproc', but Dask's workers start no processes unless they are told to. Start them with "
+            "DASK_DISTRIBUTED__WORKER__DAEMON=False in their environment, or use another vectorization."
+        )
     unfinished = cell.output / UNFINISHED_FOLDER / f"{socket.gethostname()}.{os.getpid()}.{cell.unfinished_name}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -192,8 +196,7 @@ def _make_manager(cell: Cell, log_folder: Path) -> tuple[Any, BaseAlgorithm, Any
 
         def create_callbacks(self) -> None:
             self.eval_env_kwargs = copy.deepcopy(cell.eval_env_kwargs)
-            is_masked = issubclass(algorithms()[cell.algorithm], MaskableEpisodicA2C)
-            callback = (_MaskableEvalOnGrid if is_masked else _EvalOnGrid)(
+            callback = (_MaskableEvalOnGrid if asks_for_masks(cell.algorithm, cell.hyperparams) else _EvalOnGrid)(
                 # One environment per episode: each starts from its own seed, and stepping them together takes less time
                 self.create_envs(cell.eval_episodes, eval_env=True),
                 best_model_save_path=self.save_path,
