@@ -12,6 +12,9 @@ from sb3_episodic_a2c.tools.extras import install, missing_extra
 
 PROGRAM = "python -m sb3_episodic_a2c"
 
+PATH_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""What a path that a user gave may raise."""
+
 
 class Command(NamedTuple):
     """A command of ours."""
@@ -98,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             # Most tools return None: they succeed or raise
             return _run(argv) or 0
-    except (ImportError, ValueError, gymnasium.error.Error) as error:
+    except (ImportError, ValueError, gymnasium.error.Error, *PATH_ERRORS) as error:
         command = COMMANDS.get(argv[0]) if argv else None
         extra = missing_extra(error, "zoo" if is_zoo or command is None else command.extra)
         if extra is not None:

@@ -97,12 +97,15 @@ class StopTrainingOnSolved(_FinishedEpisodesCallback):
         super()._on_training_start()
         if self.reward_threshold is None:
             spec = self.training_env.get_attr("spec")[0]
-            if spec is None or spec.reward_threshold is None:
-                name = "`env`" if spec is None else f"`env` {spec.id}"
+            threshold = getattr(spec, "reward_threshold", None)
+            if threshold is None:
+                # EnvPool's specs have no id
+                env_id = getattr(spec, "id", None)
+                name = "`env`" if env_id is None else f"`env` {env_id}"
                 raise ValueError(
                     f"{name} names no reward threshold of its own: pass `reward_threshold` to StopTrainingOnSolved."
                 )
-            self.reward_threshold = float(spec.reward_threshold)
+            self.reward_threshold = float(threshold)
         # A resumed model may already be solved; the first step then stops the training
         self._check()
 
@@ -113,8 +116,8 @@ class StopTrainingOnSolved(_FinishedEpisodesCallback):
         Call it on a new callback, before ``learn(reset_num_timesteps=False)``. If ``solved_at`` is set afterwards, nothing is
         left to learn.
 
-        With ``partial_episodes="discard"`` the model's number of episodes, unlike this callback's, includes unused ones:
-        ``solved_at.n_episodes`` is then greater than without the stop.
+        With ``partial_episodes="discard"``, and under wrappers that end episodes early, the model has counted more episodes
+        than this callback would: ``solved_at.n_episodes`` is then greater than without the stop.
 
         :param model: The model, e.g. from :func:`sb3_episodic_a2c.resume`. It remembers ``stats_window_size`` episodes
         """

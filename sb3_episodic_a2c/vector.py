@@ -76,7 +76,8 @@ class GymnasiumVecEnv(VecEnv):
       :class:`EpisodicA2C` leaves that step out of the episode, though it counts as an env step. Other algorithms learn
       from it as the first step of the next episode, one whose action has no effect. Of SB3's wrappers, ``VecMonitor`` counts
       it in the length (it is not needed here), ``VecFrameStack`` still has the terminal observation in its stack when an
-      episode starts, and ``VecNormalize`` counts the terminal observation and the reward 0. Where that matters, use
+      episode starts, and ``VecNormalize`` counts the terminal observation and the reward 0. ``evaluate_policy`` lets an LSTM
+      begin an episode with the memory of the terminal observation, unlike training. Where that matters, use
       ``SAME_STEP``: ``gym.make_vec(..., vectorization_mode="sync", vector_kwargs={"autoreset_mode":
       gym.vector.AutoresetMode.SAME_STEP})``.
 

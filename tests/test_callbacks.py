@@ -135,6 +135,13 @@ def test_refusals() -> None:
         EpisodeProgressCallback(window=0)
 
 
+def test_a_threshold_that_envpool_does_not_name() -> None:
+    envpool = pytest.importorskip("envpool")
+    env = envpool.make("Pendulum-v1", env_type="gymnasium", num_envs=2, num_threads=1)
+    with pytest.raises(ValueError, match="`env` names no reward threshold"):
+        EpisodicA2C("MlpPolicy", env).learn(10, callback=StopTrainingOnSolved())
+
+
 def test_progress_bar_shows_the_last_and_the_running_reward() -> None:
     output = io.StringIO()
     callback = EpisodeProgressCallback(total_episodes=20, window=4, file=output, mininterval=0)

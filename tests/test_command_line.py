@@ -133,6 +133,13 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, tmp_path: Pat
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_path_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    process = run("solve", "--env", "CartPole-v1", "--output", "file", cwd=tmp_path)
+    assert process.returncode == 1 and "file/checkpoints" in process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1, process.stderr
+
+
 @pytest.mark.parametrize("algorithm", [EpisodicA2C, PPO])
 def test_gif_of_any_saved_model(algorithm: type, tmp_path: Path) -> None:
     algorithm("MlpPolicy", "CartPole-v1", seed=0, device="cpu").save(tmp_path / "model")

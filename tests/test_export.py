@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C
 from sb3_episodic_a2c.__main__ import main
@@ -75,6 +75,19 @@ def test_observations_are_normalised_within(norm_obs_keys: list[str] | None, tmp
     inputs = inputs_of(space, 9)
     (actions,) = session(tmp_path / "agent.onnx").run(None, inputs)
     normalised: Any = env.normalize_obs(inputs if space is DICT else inputs["observation"])
+    np.testing.assert_allclose(actions, model.predict(normalised, deterministic=True)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("space", [BOX, spaces.Box(-2, 2, (4, 5))], ids=str)
+def test_frames_that_are_stacked_after_they_were_normalised(space: spaces.Box, tmp_path: Path) -> None:
+    """As RL Zoo does it."""
+    normalize = VecNormalize(DummyVecEnv([lambda: TargetEnv(space, BOUNDED)]), norm_reward=False)
+    env = VecFrameStack(normalize, 3)
+    model = EpisodicA2C("MlpPolicy", env, seed=0).learn(50)
+    export_onnx(model, tmp_path / "agent.onnx")
+    frames = [inputs_of(space, 4)["observation"] for _ in range(3)]
+    (actions,) = session(tmp_path / "agent.onnx").run(None, {"observation": np.concatenate(frames, axis=-1)})
+    normalised = np.concatenate([normalize.normalize_obs(frame) for frame in frames], axis=-1)
     np.testing.assert_allclose(actions, model.predict(normalised, deterministic=True)[0], rtol=1e-4, atol=1e-5)
 
 

@@ -10,7 +10,8 @@ Inputs, as the environments give them, with a dimension of environments in front
 Dict observations; ``action_masks`` for an agent with masks; for an LSTM ``hidden`` and ``cell`` (zeros at the start of an
 episode) and one environment at a time. Outputs: ``action``, clipped to its bounds, and of an LSTM ``next_hidden`` and
 ``next_cell``. Observations are normalised within the model if the agent was trained so. Stacked frames, and images with
-channels first, are given as SB3 gives them to the agent.
+channels first, are given as SB3 gives them to the agent. Only where single frames were normalised (RL Zoo's ``normalize`` with
+``frame_stack``), frames before the start of an episode are the mean ``normalize.obs_rms.mean`` instead of zeros.
 """
 
 import argparse
@@ -96,8 +97,13 @@ class GreedyAgent(nn.Module):
                 return observations
             statistics = statistics[key]
         assert isinstance(statistics, RunningMeanStd)
-        scale = np.sqrt(statistics.var + self.normalize.epsilon)
-        centred = observations - th.as_tensor(statistics.mean, dtype=th.float32)
+        # Frames may have been stacked after they were normalised: the same statistics for each of them
+        space = self.policy.observation_space
+        shape = (space if key is None else space[key]).shape
+        n_frames = [whole // part for whole, part in zip(shape, statistics.mean.shape, strict=True)]
+        mean = np.tile(statistics.mean, n_frames)
+        scale = np.sqrt(np.tile(statistics.var, n_frames) + self.normalize.epsilon)
+        centred = observations - th.as_tensor(mean, dtype=th.float32)
         bound = self.normalize.clip_obs
         return (centred / th.as_tensor(scale, dtype=th.float32)).clamp(-bound, bound)
 

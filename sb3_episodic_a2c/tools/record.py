@@ -151,7 +151,13 @@ def write_gif(frames: list[np.ndarray], path: str | Path, fps: float) -> Path:
     palette = Image.fromarray(sample).quantize(colors=256)
     images = [Image.fromarray(frames[index]).quantize(palette=palette, dither=Image.Dither.NONE) for index in kept]
     images[0].save(
-        path, save_all=True, append_images=images[1:], duration=[int(10 * d) for d in durations], loop=0, optimize=True
+        path,
+        format="GIF",
+        save_all=True,
+        append_images=images[1:],
+        duration=[int(10 * d) for d in durations],
+        loop=0,
+        optimize=True,
     )
     return path
 

@@ -159,10 +159,13 @@ def _cluster(backend: str, jobs: int, scheduler: str | None) -> Iterator[None]:
     """Make joblib use a backend other than loky; without ``scheduler``, a cluster of its own for as long as that takes."""
     with contextlib.ExitStack() as stack:
         if backend == "dask":
+            import dask
             from distributed import Client, LocalCluster
 
             if scheduler is None:
-                cluster = LocalCluster(n_workers=jobs, threads_per_worker=1, processes=True, dashboard_address=None)
+                # Otherwise its workers may start no processes, which `vectorization="subproc"` does
+                with dask.config.set({"distributed.worker.daemon": False}):
+                    cluster = LocalCluster(n_workers=jobs, threads_per_worker=1, processes=True, dashboard_address=None)
                 stack.callback(_close, cluster)
                 scheduler = cluster.scheduler_address
             client = Client(scheduler)
