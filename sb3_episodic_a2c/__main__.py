@@ -111,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         # The Zoo's errors keep their traceback, as in the Zoo, but for what it says of a package, e.g. wandb, without a name.
         # So does a package that is in none of our extras. But runs are ours
         is_kept = error.name is not None if isinstance(error, ImportError) else is_zoo and "--run" not in argv
+        # Nor can an environment's be understood without, which a note names
+        is_kept = is_kept or bool(getattr(error, "__notes__", ()))
         if is_kept:
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -111,6 +111,7 @@ def test_unknown_policy() -> None:
     [
         ("MlpPolicy", BOX, spaces.Dict({"a": TWO}), r"action space Dict.*Box, Discrete, MultiDiscrete, MultiBinary"),
         ("MlpPolicy", BOX, spaces.Tuple([TWO, TWO]), "action space Tuple.*not supported"),
+        ("MlpPolicy", BOX, spaces.Box(0, 4, (2,), np.int32), r"action space Box.*whole numbers.*MultiDiscrete"),
         ("MlpPolicy", BOX, spaces.Box(-np.inf, np.inf, (2,)), r"action space Box.*unbounded.*RescaleAction"),
         ("MlpPolicy", BOX, spaces.MultiBinary([2, 2]), r"MultiBinary\(.*several dimensions: flatten"),
         ("MlpPolicy", BOX, spaces.Discrete(3, start=1), r"Discrete\(3, start=1\).*start at 0"),

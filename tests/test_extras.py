@@ -87,6 +87,7 @@ def make_environment(tmp_path_factory: pytest.TempPathFactory) -> object:
                 ("box2d", ("zoo",), "train --env LunarLander-v3 -n 100"),
                 ("mujoco", ("solve",), "solve --env HalfCheetah-v5"),
                 ("atari", ("solve",), "solve --env ALE/Pong-v5"),
+                ("atari", ("solve",), "solve --env PongNoFrameskip-v4"),
                 ("atari", ("zoo",), "train --env ALE/Pong-v5 -n 100"),
                 ("atari", ("solve",), "bench --env ALE/Pong-v5 --n-envs 1 --no-extra --no-memory"),
                 ("envpool", ("compare",), "compare --env CartPole-v1 --vectorization envpool --seeds 1"),

@@ -79,6 +79,7 @@ def test_a_folder_that_is_no_run_is_refused(command: str, tmp_path: Path, capsys
 
 ENVS_OF_A_USER = """
 import gymnasium as gym
+import numpy as np
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from gymnasium.envs.classic_control import CartPoleEnv
 
@@ -87,6 +88,29 @@ class LongCartPole(CartPoleEnv):
         super().__init__(render_mode=render_mode)
         self.length = length
 
+class Grid(gym.Env):
+    # It knows no way to be rendered
+    observation_space = gym.spaces.Dict({"image": gym.spaces.Box(0, 255, (7, 7, 3), np.uint8), "to": gym.spaces.Discrete(4)})
+    action_space = gym.spaces.Discrete(3)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observe(), {}
+
+    def observe(self):
+        return {"image": self.np_random.integers(0, 256, (7, 7, 3), dtype=np.uint8), "to": self.steps % 4}
+
+    def step(self, action):
+        self.steps += 1
+        return self.observe(), float(action), self.steps == 5, False, {}
+
+class Mistaken(CartPoleEnv):
+    def step(self, action):
+        return super().step(action)[:4] if self.state[0] > 0.1 else super().step(action)
+
+gym.register("UsersGrid-v0", Grid)
+gym.register("UsersMistake-v0", Mistaken, max_episode_steps=50)
 gym.register("UsersMasked-v0", lambda render_mode=None: InvalidActionEnvDiscrete(dim=20, n_invalid_actions=10))
 gym.register("UsersCartPole-v0", LongCartPole, max_episode_steps=20)
 """
@@ -100,7 +124,7 @@ def users_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
     monkeypatch.syspath_prepend(str(tmp_path / "package"))
     yield "users_envs"
     sys.modules.pop("users_envs", None)
-    for env_id in ("UsersMasked-v0", "UsersCartPole-v0"):
+    for env_id in ("UsersMasked-v0", "UsersCartPole-v0", "UsersGrid-v0", "UsersMistake-v0"):
         gym.registry.pop(env_id, None)
 
 
@@ -137,6 +161,30 @@ def test_solve_an_environment_of_the_users(
         enjoy(tmp_path / "run", ["--no-render", "-n", "120"])
 
 
+def test_solve_a_dict_with_an_image_too_small_for_a_network(users_package: str, tmp_path: Path) -> None:
+    """And one that nobody can look at, so that the printed lines of Python do not try."""
+    settings: dict[str, Any] = {"gym_packages": [users_package], "progress_bar": False, "n_eval_episodes": 2}
+    result = solve("UsersGrid-v0", total_timesteps=400, output=tmp_path / "run", **settings)
+    assert (tmp_path / "run" / "vecnormalize.pkl").exists() and not result.gif_rewards
+    script = Run.read(tmp_path / "run").snippet()
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(CHECKOUT), str(tmp_path / "package")])}
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    assert process.returncode == 0 and len(json.loads(process.stdout)) == 3, process.stderr
+
+
+def test_a_mistake_in_an_environment_keeps_its_traceback(users_package: str, tmp_path: Path) -> None:
+    """A ``ValueError`` as well, although that of a bad argument is one line."""
+    command = ("solve", "--env", "UsersMistake-v0", "--gym-packages", users_package, "--no-progress")
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(CHECKOUT), str(tmp_path / "package")])}
+    process = subprocess.run(
+        [sys.executable, "-m", "sb3_episodic_a2c", *command], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert process.returncode != 0 and "not enough values to unpack" in process.stderr
+    assert "Traceback" in process.stderr
+    if sys.version_info >= (3, 11):
+        assert "Raised by environment 0 at step" in process.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -144,6 +192,7 @@ def test_solve_an_environment_of_the_users(
         ({"hyperparams": {"gae_lambda": 2}}, "`gae_lambda` is 2"),
         ({"hyperparams": {"n_envs": 0}}, "`n_envs` is 0"),
         ({"hyperparams": {"n_envs": 2.0}}, "`n_envs` is 2.0"),
+        ({"hyperparams": {"env_kwargs": {"size": 3}}}, "`env` CartPole-v1 cannot be made: .*'size'.*env_kwargs:"),
         # Found when the training has begun
         ({"algorithm": "episodic_a2c_mask"}, "no method `action_masks`"),
     ],

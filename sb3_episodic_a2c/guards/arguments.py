@@ -223,6 +223,12 @@ def check_spaces(
             f"The action space {action_space} of `env` is unbounded. Give it finite bounds, "
             "e.g. with gymnasium.wrappers.RescaleAction or TransformAction."
         )
+    if isinstance(action_space, spaces.Box) and not np.issubdtype(action_space.dtype, np.floating):
+        # SB3's policies would give the environment numbers between
+        raise ValueError(
+            f"The action space {action_space} of `env` is one of whole numbers, which no Gaussian policy gives. Use "
+            "MultiDiscrete, or a Box of floats that the environment rounds."
+        )
     if isinstance(action_space, spaces.Box) and 0 in action_space.shape:
         raise ValueError(
             f"The action space {action_space} of `env` has no numbers, so there is nothing to choose. Give it at least one."

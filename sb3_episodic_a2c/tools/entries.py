@@ -137,7 +137,8 @@ def check_env(env_id: str, **env_kwargs: Any) -> None:
 
     :param env_id: Id of the environment
     :param env_kwargs: What it is made with
-    :raises ValueError: It is not registered. What else it may raise, e.g. about a missing package, is passed on
+    :raises ValueError: It is not registered, or lacks an argument. What else it may raise, e.g. about a missing package, is
+        passed on
     """
     if env_id not in gym.registry:
         close = difflib.get_close_matches(env_id, list(gym.registry), n=1)
@@ -145,5 +146,14 @@ def check_env(env_id: str, **env_kwargs: Any) -> None:
         if lacks_atari(env_id):
             hint = f"Atari games need a package that is missing. Install it with: {install('atari')}"
         raise ValueError(f"`env` {env_id!r} is no registered environment. {hint}")
-    # A package that it needs may be missing, e.g. Box2D
-    gym.make(env_id, **env_kwargs).close()
+    try:
+        # A package that it needs may be missing, e.g. Box2D
+        gym.make(env_id, **env_kwargs).close()
+    except TypeError as error:
+        if "argument" not in str(error):
+            # A mistake in the environment, which only the traceback shows
+            raise
+        raise ValueError(
+            f"`env` {env_id} cannot be made: {error}. Give it what it needs among the hyperparameters, e.g. "
+            '-params env_kwargs:"dict(size=3)"'
+        ) from error

@@ -46,7 +46,8 @@ def lacks_atari(text: str) -> bool:
     :param text: Id of an environment, or what was said of one
     :return: Whether it is an Atari game, without the package that registers them
     """
-    return re.search(r"\bALE\b", text) is not None and importlib.util.find_spec("ale_py") is None
+    is_atari = re.search(r"\bALE\b|(NoFrameskip|Deterministic)-v\d", text) is not None
+    return is_atari and importlib.util.find_spec("ale_py") is None
 
 
 def missing_extra(error: Exception, preferred: str | None = None) -> str | None:

@@ -9,6 +9,7 @@ What ``solve`` prints at its end::
     print(run.evaluate(n_episodes=3, render_mode="human").rewards)
 """
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import yaml
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -23,7 +25,7 @@ from sb3_episodic_a2c import EpisodicA2C
 from sb3_episodic_a2c.tools.entries import entry_manager, import_packages
 from sb3_episodic_a2c.tools.greedy import Evaluation, evaluate
 from sb3_episodic_a2c.tools.run_folder import STATISTICS
-from sb3_episodic_a2c.tools.zoo import ALGORITHMS, launch, register
+from sb3_episodic_a2c.tools.zoo import ALGORITHMS, evaluation_env_kwargs, launch, register
 
 MODEL = "model.zip"
 
@@ -113,10 +115,12 @@ class Run:
 
     def snippet(self) -> str:
         """:return: Three lines of Python that play the agent"""
+        with contextlib.closing(gym.make(self.env_id, **evaluation_env_kwargs(self.env_id, self.hyperparams))) as env:
+            shown = ', render_mode="human"' if "human" in env.metadata.get("render_modes", ()) else ""
         return (
             "from sb3_episodic_a2c.tools.runs import Run\n"
             f"run = Run.read({str(self.folder)!r})\n"
-            'print(run.evaluate(n_episodes=3, render_mode="human").rewards)'
+            f"print(run.evaluate(n_episodes=3{shown}).rewards)"
         )
 
 

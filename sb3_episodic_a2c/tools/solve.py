@@ -128,9 +128,19 @@ def preset_entry(
         entry |= {name: value for name, value in environment.items() if value}
     if entry["policy"].startswith("Mlp"):
         # The files' default entries cannot know the environment
-        kind = "MultiInput" if isinstance(observation_space, spaces.Dict) else "Cnn" if _is_image(observation_space) else "Mlp"
-        entry["policy"] = kind + entry["policy"].removeprefix("Mlp")
+        entry |= _for_observations(observation_space, entry["policy"].removeprefix("Mlp"))
     return entry
+
+
+def _for_observations(space: spaces.Space, policy: str) -> dict[str, Any]:
+    """The policy for an observation space, given the end of its name, and what else its entry needs."""
+    if not isinstance(space, spaces.Dict):
+        return {"policy": ("Cnn" if _is_image(space) else "Mlp") + policy}
+    if any(is_image_space(part) and not _is_image(part) for part in space.values()):
+        # SB3's policy for Dict observations would look at it with a network that it is too small for
+        wrapper = "gymnasium.wrappers.FlattenObservation"
+        return {"policy": "Mlp" + policy, "env_wrapper": wrapper, "normalize": "{'norm_reward': False}"}
+    return {"policy": "MultiInput" + policy}
 
 
 def _is_image(space: spaces.Space) -> bool:

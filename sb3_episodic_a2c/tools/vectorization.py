@@ -38,7 +38,10 @@ def check_vectorization(vectorization: str, env_id: str) -> None:
     except ImportError as error:
         raise ModuleNotFoundError("`vectorization` is 'envpool', and EnvPool is not installed", name="envpool") from error
     if env_id not in envpool.list_all_envs():
-        raise ValueError(f"`env` {env_id} is not in EnvPool: use one of `envpool.list_all_envs()`, or another vectorization.")
+        raise ValueError(
+            f"`env` {env_id} is not in EnvPool. Use another vectorization, or one of `envpool.list_all_envs()` that gymnasium "
+            "has as well, as agents are evaluated there."
+        )
 
 
 def make_vec_env(
