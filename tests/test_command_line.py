@@ -135,7 +135,7 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, tmp_path: Pat
 
 def test_a_path_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    process = run("solve", "--env", "CartPole-v1", "--output", "file", cwd=tmp_path)
+    process = run("solve", "--env", "CartPole-v1", "--no-gif", "--output", "file", cwd=tmp_path)
     assert process.returncode == 1 and "file/checkpoints" in process.stderr
     assert len(process.stderr.strip().splitlines()) == 1, process.stderr
 
