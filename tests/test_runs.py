@@ -128,6 +128,12 @@ def users_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
         gym.registry.pop(env_id, None)
 
 
+def run_with_package(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """Run a command in the folder of a test, where it finds the user's package."""
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(CHECKOUT), str(folder / "package")])}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=PATIENCE)
+
+
 @pytest.mark.parametrize(
     "env_id, algorithm, hyperparams",
     [
@@ -167,18 +173,14 @@ def test_solve_a_dict_with_an_image_too_small_for_a_network(users_package: str, 
     result = solve("UsersGrid-v0", total_timesteps=400, output=tmp_path / "run", **settings)
     assert (tmp_path / "run" / "vecnormalize.pkl").exists() and not result.gif_rewards
     script = Run.read(tmp_path / "run").snippet()
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(CHECKOUT), str(tmp_path / "package")])}
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    process = run_with_package([sys.executable, "-c", script], tmp_path)
     assert process.returncode == 0 and len(json.loads(process.stdout)) == 3, process.stderr
 
 
 def test_a_mistake_in_an_environment_keeps_its_traceback(users_package: str, tmp_path: Path) -> None:
     """A ``ValueError`` as well, although that of a bad argument is one line."""
     command = ("solve", "--env", "UsersMistake-v0", "--gym-packages", users_package, "--no-progress")
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(CHECKOUT), str(tmp_path / "package")])}
-    process = subprocess.run(
-        [sys.executable, "-m", "sb3_episodic_a2c", *command], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
+    process = run_with_package([sys.executable, "-m", "sb3_episodic_a2c", *command], tmp_path)
     assert process.returncode != 0 and "not enough values to unpack" in process.stderr
     assert "Traceback" in process.stderr
     if sys.version_info >= (3, 11):

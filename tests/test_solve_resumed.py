@@ -64,6 +64,13 @@ def start_and_kill(n_checkpoints: int, folder: Path, **arguments: Any) -> None:
     assert not (folder / "model.zip").exists()
 
 
+def log_later_episodes(folder: Path) -> None:
+    """Episodes after the checkpoint: they must vanish from the learning curve."""
+    for path in folder.glob("*.monitor.csv"):
+        with open(path, "a") as file:
+            file.write(f"123456.0,10,{10.0**6}\n")
+
+
 def read_result(folder: Path) -> dict[str, Any]:
     result = json.loads((folder / "result.json").read_text())
     del result["seconds"]
@@ -118,10 +125,7 @@ def test_environments_that_a_checkpoint_cannot_hold(tmp_path: Path) -> None:
     }
     for n_checkpoints in (3, 2):
         start_and_kill(n_checkpoints, tmp_path, **arguments)
-        # Episodes after the checkpoint: they must vanish from the learning curve
-        for path in tmp_path.glob("*.monitor.csv"):
-            with open(path, "a") as file:
-                file.write(f"123456.0,10,{10.0**6}\n")
+        log_later_episodes(tmp_path)
     with pytest.warns(UserWarning, match="cannot be part of the checkpoint"):
         result = solve(**arguments, output=tmp_path, progress_bar=False)
     assert result.num_timesteps == 3_000
@@ -164,9 +168,7 @@ def test_logs_of_games_with_lives(tmp_path: Path) -> None:
         "hyperparams": {"env_wrapper": "tests.test_solve_resumed.Lives"},
     }
     start_and_kill(3, tmp_path, **arguments)
-    for path in tmp_path.glob("*.monitor.csv"):
-        with open(path, "a") as file:
-            file.write(f"123456.0,10,{10.0**6}\n")
+    log_later_episodes(tmp_path)
     with pytest.warns(UserWarning, match="cannot be part of the checkpoint"):
         solve(**arguments, output=tmp_path, progress_bar=False)
     model = EpisodicA2C.load(tmp_path / "model.zip", device="cpu")

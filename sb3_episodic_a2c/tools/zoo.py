@@ -58,7 +58,6 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 from gymnasium import spaces
 from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
 from sb3_contrib.common.maskable.utils import get_action_masks
@@ -422,17 +421,10 @@ def _played_as_evaluated(module: Any, arguments: list[str]) -> Iterator[None]:
     class Player(MaskableEpisodicA2C):
         """Asks the script's environments for the masks that the script does not give."""
 
-        def predict(
-            self,
-            observation: np.ndarray | dict[str, np.ndarray],
-            state: tuple[np.ndarray, ...] | None = None,
-            episode_start: np.ndarray | None = None,
-            deterministic: bool = False,
-            action_masks: np.ndarray | None = None,
-        ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        def predict(self, *args: Any, **kwargs: Any) -> Any:
             if self.use_masking and test_env is not None:
-                action_masks = get_action_masks(test_env)
-            return super().predict(observation, state, episode_start, deterministic, action_masks)
+                kwargs["action_masks"] = get_action_masks(test_env)
+            return super().predict(*args, **kwargs)
 
     with (
         _replaced(module, "get_saved_hyperparams", keep_env_kwargs),
