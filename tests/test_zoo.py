@@ -288,7 +288,12 @@ def test_environments_of_evaluations(
 
 def test_an_agent_plays_what_it_was_evaluated_on(tmp_path: Path) -> None:
     """Not the shorter episodes of its training, unless the user says so."""
-    run("train", "--env", "Pendulum-v1", "-n", "400", *SHORT, cwd=tmp_path)
+    # Code in a string, as the Zoo has it for other arguments
+    entry = {"n_timesteps": 400, "policy": "MlpPolicy", "env_kwargs": "dict(max_episode_steps=50)"}
+    (tmp_path / "short.yml").write_text(yaml.safe_dump({"Pendulum-v1": entry}))
+    output = run("train", "--env", "Pendulum-v1", "--conf-file", "short.yml", "--eval-freq", "200", "-n", "400", cwd=tmp_path)
+    assert set(load_results(str(tmp_path / "logs/episodic_a2c/Pendulum-v1_1")).l) == {50}
+    assert "Episode length: 200.00" in output
     enjoy = ("enjoy", "--env", "Pendulum-v1", "-n", "250", "--no-render")
     assert "Episode Length 200" in run(*enjoy, cwd=tmp_path)
     assert "Episode Length 70" in run(*enjoy, "--env-kwargs", "max_episode_steps:70", cwd=tmp_path)

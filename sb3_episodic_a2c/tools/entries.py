@@ -16,7 +16,6 @@ from sb3_episodic_a2c.tools.extras import install, lacks_atari
 from sb3_episodic_a2c.tools.zoo import (
     ALGORITHMS,
     config_path,
-    evaluate_kwargs,
     evaluation_env_kwargs,
     experiment_manager_class,
 )
@@ -109,10 +108,8 @@ def entry_manager(
         verbose=0,
         eval_env_kwargs={**evaluation_env_kwargs(env_id, hyperparams), **(env_kwargs or {})},
     )
-    # Copies: the Zoo deletes entries. It knows no code in a string for these
-    preprocessed = manager._preprocess_hyperparams(
-        {**copy.deepcopy(hyperparams), "env_kwargs": evaluate_kwargs(hyperparams.get("env_kwargs"))}
-    )
+    # A copy: the Zoo deletes entries
+    preprocessed = manager._preprocess_hyperparams(copy.deepcopy(hyperparams))
     manager.arguments, manager.env_wrapper, manager.callbacks, manager.vec_env_wrapper = preprocessed
     return manager
 

@@ -341,6 +341,11 @@ def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
             self.asks_for_masks = asks_for_masks(self.algo, hyperparams)
             return hyperparams, saved_hyperparams
 
+        def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
+            # Upstream evaluates code in a string for other arguments, but not for these
+            hyperparams["env_kwargs"] = evaluate_kwargs(hyperparams.get("env_kwargs", self.env_kwargs))
+            return super()._preprocess_hyperparams(hyperparams)
+
         def create_callbacks(self) -> None:
             with _masked_evaluations(self.asks_for_masks):
                 super().create_callbacks()
