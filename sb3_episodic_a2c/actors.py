@@ -223,6 +223,8 @@ class NumpyActor:
     def refresh(self, plain: PlainMlp | str, noise_resample_prob: float) -> bool:
         if isinstance(plain, str) or reason_against_numpy(plain) is not None or is_compiled(plain.policy) != self._is_compiled:
             return False
+        if noise_resample_prob != INDEPENDENT and has_gsde(plain.policy):
+            return False
         self.plain = plain
         self._view_parameters()
         return True
@@ -384,6 +386,14 @@ SAMPLERS: dict[type[Distribution], tuple[Callable[..., Array], Callable[..., Arr
 """How :class:`NumpyActor` samples from a distribution: a :data:`Sampler`, and what draws its noise."""
 
 
+def has_gsde(policy: ActorCriticPolicy) -> bool:
+    """
+    :param policy: A policy
+    :return: Whether its noise depends on the state
+    """
+    return type(policy.action_dist) is StateDependentNoiseDistribution
+
+
 def reason_against_numpy(plain: PlainMlp | str) -> str | None:
     """
     :param plain: What :func:`~sb3_episodic_a2c.plain_mlp.inspect` says of a policy
@@ -426,8 +436,8 @@ def make_actor(
         remedy = "Leave it at 1.0"
         if reason is None and choice == "torch":
             reason, remedy = 'actor="torch" was asked for', f'{remedy}, or use actor="auto"'
-        elif reason is None and type(policy.action_dist) is StateDependentNoiseDistribution:
-            reason = "gSDE has noise of its own, whose `sde_sample_freq` it is"
+        elif reason is None and has_gsde(policy):
+            reason = "gSDE has noise of its own, which persists for `sde_sample_freq` steps"
         if reason is not None:
             raise ValueError(
                 f"`noise_resample_prob` is {noise_resample_prob!r}, but noise persists only with the NumPy actor, and "

@@ -369,7 +369,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self.full = True
         self._indices = flat_indices(self.episodes, self.n_envs)
         self._evaluations = None
-        # Those of a rollout in which no episode had ended yet may have been read
+        # They may have been read in a rollout in which no episode ended
         self._advantages, self._computed_advantages, self._has_fixed_advantages = None, None, False
         self._evaluate = evaluate
         self._units = next_statistics or ReturnStatistics()
@@ -388,9 +388,9 @@ class EpisodicRolloutBuffer(BaseBuffer):
         self._evaluate = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Leave out the model that `_evaluate` holds, and rows that are not in use
+        # Leave out the model that `_evaluate` holds, and rows that are not in use, which the views have as well
         rows = {name: array[: self._row] for name, array in self._rows.items()}
-        return {**self.__dict__, "_evaluate": None, "_rows": rows}
+        return {**self.__dict__, "_evaluate": None, "_rows": rows, "_views": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A checkpoint of version 0.1 lacks what came later

@@ -512,7 +512,7 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
             returns, statistics = standardize_returns(
                 returns, rollout_buffer.episode_lengths, self.standardize_returns, self.return_statistics
             )
-            # Raw returns are in the units of the initial statistics; without units they stand for none
+            # Where no running statistics are kept, these are the initial ones: mean 0 and standard deviation 1
             units = statistics if STANDARDIZATIONS[self.standardize_returns].is_running else ReturnStatistics()
             self.logger.record("train/return_mean", statistics.mean)
             self.logger.record("train/return_std", statistics.std)
@@ -597,7 +597,9 @@ class EpisodicA2C(SafelySaved, OnPolicyAlgorithm):
                 baseline = batch_values.detach() if self.detach_advantage else batch_values
                 losses = self._losses(samples.completed(baseline, log_prob), batch_values, log_prob, entropy)
                 # Gradients add up over the batches, as the loss is a sum
-                losses.total(self.vf_coef, ent_coef).backward()
+                total = losses.total(self.vf_coef, ent_coef)
+                if total.requires_grad:
+                    total.backward()
                 values[part], log_probs[part] = batch_values.numpy(force=True), log_prob.numpy(force=True)
                 for name, term in losses.terms().items():
                     sums[name] = sums.get(name, 0.0) + term.item()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -363,12 +363,16 @@ class GymnasiumVecEnv(VecEnv):
     def _find(self, name: str) -> Any:
         """The vector environment, or the wrapper of it, that has an attribute; None if only its environments may have it."""
         for layer in self._layers:
-            # What every vector environment has says nothing about the environments in it
-            if hasattr(layer, name) and not (self._has_sub_envs and hasattr(VectorEnv, name)):
+            if self._answers(layer, name):
                 return layer
         if self._has_sub_envs:
             return None
         raise AttributeError(f"{type(self._layers[-1]).__name__} has no attribute {name!r}")
+
+    def _answers(self, layer: Any, name: str) -> bool:
+        """Whether an attribute of a layer stands for the environments."""
+        # What every vector environment has says nothing about the environments in it
+        return hasattr(layer, name) and not (self._has_sub_envs and hasattr(VectorEnv, name))
 
     def _all_or_some(self, values: Any, indices: VecEnvIndices) -> Any:
         """Of values for each environment, or one for all of them, those of some environments."""
@@ -378,11 +382,18 @@ class GymnasiumVecEnv(VecEnv):
 
     def _sub_envs_at(self, indices: VecEnvIndices, what: str) -> list[gym.Env]:
         if self._sub_envs is None:
-            raise ValueError(
-                f"`indices` is {indices}, but {what} can only be done for all environments of a "
-                f"{type(self._layers[-1]).__name__} at once: pass indices=None, or use a SyncVectorEnv."
-            )
+            self._raise_not_for_some(indices, what, self._layers[-1])
         return [self._sub_envs[index] for index in self._get_indices(indices)]
+
+    def _check_all(self, indices: VecEnvIndices, what: str, layer: Any) -> None:
+        if indices is not None and len(list(self._get_indices(indices))) < self.num_envs:
+            self._raise_not_for_some(indices, what, layer)
+
+    def _raise_not_for_some(self, indices: VecEnvIndices, what: str, layer: Any) -> NoReturn:
+        raise ValueError(
+            f"`indices` is {indices}, but {what} can only be done for all environments of a {type(layer).__name__} at once: "
+            "pass indices=None, or do it in the environments of a SyncVectorEnv."
+        )
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """
@@ -403,13 +414,16 @@ class GymnasiumVecEnv(VecEnv):
         return list(self._all_or_some(self._layers[-1].get_attr(attr_name), indices))
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        owner = next((layer for layer in self._layers if attr_name in vars(layer)), None)
+        if owner is not None and self._answers(owner, attr_name):
+            self._check_all(indices, "setting an attribute", owner)
+            setattr(owner, attr_name, value)
+            return
         if self._sub_envs is not None:
             for sub_env in self._sub_envs_at(indices, "this"):
                 sub_env.set_wrapper_attr(attr_name, value)
             return
-        if indices is not None and len(list(self._get_indices(indices))) < self.num_envs:
-            # Raises an error
-            self._sub_envs_at(indices, "setting an attribute")
+        self._check_all(indices, "setting an attribute", self._layers[-1])
         if self._has_sub_envs:
             self._layers[-1].set_attr(attr_name, [value] * self.num_envs)
         else:
@@ -432,8 +446,7 @@ class GymnasiumVecEnv(VecEnv):
         if self._sub_envs is not None:
             methods: list[Callable[..., Any]] = self.get_attr(method_name, indices)
             return [method(*method_args, **method_kwargs) for method in methods]
-        if indices is not None and len(list(self._get_indices(indices))) < self.num_envs:
-            self._sub_envs_at(indices, "calling a method")
+        self._check_all(indices, "calling a method", self._layers[-1])
         return list(self._layers[-1].call(method_name, *method_args, **method_kwargs))
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:

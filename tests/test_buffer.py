@@ -1,5 +1,7 @@
 """The rollout buffer against a list of lists: transition for transition, return for return."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch as th
@@ -272,3 +274,21 @@ def test_reading_before_there_is_anything() -> None:
         _ = buffer.observations
     with pytest.raises(ValueError, match="buffer_size"):
         EpisodicRolloutBuffer(0, BOX, spaces.Discrete(2))
+
+
+def test_a_pickle_has_the_rows_in_use_only() -> None:
+    """A checkpoint of an agent of images had gigabytes of others."""
+    buffer = EpisodicRolloutBuffer(1_000, spaces.Box(0, 255, (1, 84, 84), dtype=np.uint8), spaces.Discrete(2))
+    for age in range(3):
+        buffer.add(np.full((1, 1, 84, 84), age, dtype=np.uint8), np.zeros(1), np.zeros(1), {})
+    state = pickle.dumps(buffer)
+    # The space has four arrays of bounds
+    assert len(state) < 8 * 84 * 84
+    copy = pickle.loads(state)
+    for one in (buffer, copy):
+        # Not in the last row that was pickled
+        one.add(np.full((1, 1, 84, 84), 3, dtype=np.uint8), np.ones(1), np.ones(1), {})
+        one.close_episodes(np.array([0]), np.zeros(1))
+        one.finish_rollout(one.compute_returns(gamma=1.0), lambda with_log_probs: (np.zeros(4), np.zeros(4)), None, 1.0, 1.0)
+    np.testing.assert_array_equal(copy.observations[:, 0, 0, 0, 0], [0, 1, 2, 3])
+    np.testing.assert_array_equal(copy.returns, buffer.returns)

@@ -182,6 +182,10 @@ def test_noise_that_is_asked_for_later() -> None:
     model.actor = "auto"
     model.learn(100)
     assert model._actor.name == "numpy"
+    model = EpisodicA2C(env="Pendulum-v1", use_sde=True, **COMMON).learn(200)
+    model.noise_resample_prob = 0.2
+    with pytest.raises(ValueError, match="gSDE has noise of its own"):
+        model.learn(200)
 
 
 def test_resumed_while_the_noise_changes(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -669,6 +669,19 @@ def test_attributes_and_methods() -> None:
     assert sync.env_is_wrapped(Monitor) == [True] * 3
     assert sync.env_is_wrapped(gym.wrappers.TimeLimit, indices=0) == [False]
     assert not sync.has_attr("missing")
+
+    class Difficult(VectorWrapper):
+        difficulty = 0
+
+        def __init__(self, env: gym.vector.VectorEnv) -> None:
+            super().__init__(env)
+            self.difficulty = 1
+
+    for wrapped in (as_vec_env(Difficult(OneRoom())), as_vec_env(Difficult(make_vector(SCRIPTS, AutoresetMode.NEXT_STEP)))):
+        wrapped.set_attr("difficulty", 5)
+        assert wrapped.get_attr("difficulty") == [5, 5, 5] and wrapped.env.difficulty == 5
+        with pytest.raises(ValueError, match="for all environments of a Difficult at once"):
+            wrapped.set_attr("difficulty", 6, indices=[0])
 
     processes = as_vec_env(cart_poles(2, "async"))
     try:
