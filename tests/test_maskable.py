@@ -270,10 +270,6 @@ def test_refuses_what_masks_cannot_be_applied_to():
 # ---------------------------------------------------------------------- as part of SB3
 
 
-def test_has_no_loop_of_its_own():
-    assert not {"collect_rollouts", "train", "learn"} & set(vars(MaskableEpisodicA2C))
-
-
 def test_action_masker_and_integer_masks():
     def mask(env: gym.Env) -> np.ndarray:
         return np.array([0, 1])

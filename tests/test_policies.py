@@ -102,6 +102,13 @@ def test_nothing_to_preserve_before_the_first_update_or_without_spread() -> None
     assert th.equal(before, th.nn.utils.parameters_to_vector(model.policy.parameters()))
 
 
+def test_a_policy_that_is_frozen_entirely() -> None:
+    model = EpisodicA2C("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
+    model.policy.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"No parameter of `policy.optimizer` has a gradient: all are frozen"):
+        model.learn(200)
+
+
 def test_training_with_a_frozen_critic_keeps_its_values_in_reward_units() -> None:
     """With a learning rate of 0, only the rescaling moves the parameters."""
     model = EpisodicA2C("MlpPolicy", "CartPole-v1", learning_rate=0.0, seed=0, device="cpu").learn(50)

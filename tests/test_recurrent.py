@@ -393,10 +393,6 @@ def test_a_wrong_critic_state_would_be_seen():
 # ---------------------------------------------------------------------- refusals, as part of SB3
 
 
-def test_has_no_loop_of_its_own():
-    assert not {"collect_rollouts", "train", "learn"} & set(vars(RecurrentEpisodicA2C))
-
-
 def test_refuses_a_policy_without_memory():
     with pytest.raises(ValueError, match=r"ActorCriticPolicy has no LSTM.*RecurrentActorCriticPolicy"):
         RecurrentEpisodicA2C(MlpPolicy, "CartPole-v1")

@@ -197,7 +197,7 @@ def check_policy_class(algorithm: Any, policy_class: type[BasePolicy]) -> None:
 
 
 def check_spaces(
-    policy: str | type[BasePolicy],
+    policy: str | type[BasePolicy] | None,
     observation_space: spaces.Space,
     action_space: spaces.Space,
     supported_action_spaces: tuple[type[spaces.Space], ...],
@@ -205,7 +205,7 @@ def check_spaces(
     """
     Refuse spaces that this algorithm, or SB3, cannot learn on.
 
-    :param policy: The policy, by name or class
+    :param policy: The policy, by name or class; None: any
     :param observation_space: The observation space of the environment
     :param action_space: The action space of the environment
     :param supported_action_spaces: The types that the algorithm supports

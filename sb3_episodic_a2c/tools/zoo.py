@@ -67,6 +67,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_episodic_a2c
 from sb3_episodic_a2c import EpisodicA2C, MaskableEpisodicA2C, RecurrentEpisodicA2C
+from sb3_episodic_a2c.guards.arguments import check_spaces
 from sb3_episodic_a2c.tools.samplers import convert_params, sample_lstm_params, sample_params
 from sb3_episodic_a2c.tools.vectorization import make_vec_env
 
@@ -323,14 +324,17 @@ def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
                     return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
             except TypeError:
                 if self.algo in ALGORITHMS:
-                    # SB3's vector environments fail on a space that they do not know; our constructor names it
-                    env = gym.make(self.env_name.gym_id, **self.env_kwargs)
-                    ALGORITHMS[self.algo]("MlpPolicy", self.env_wrapper(env) if self.env_wrapper else env)
+                    # SB3's vector environments fail on a space that they do not know, without naming it
+                    with contextlib.closing(gym.make(self.env_name.gym_id, **self.env_kwargs)) as made:
+                        env = self.env_wrapper(made) if self.env_wrapper else made
+                        check_spaces(
+                            None, env.observation_space, env.action_space, ALGORITHMS[self.algo].supported_action_spaces
+                        )
                 raise
 
         def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
             hyperparams = _continuous_entry(self)
-            # Upstream tests `if self.trial_id`, so that `--trial-id 0` is ignored. Others must not lose to that entry
+            # Upstream tests `if self.trial_id`, so that `--trial-id 0` is ignored. Trials win over the entry of `default`
             if self.storage and self.study_name and self.trial_id is not None:
                 hyperparams |= self.load_trial(self.storage, self.study_name, self.trial_id)
             self.custom_hyperparams = {**hyperparams, **(self.custom_hyperparams or {})}
