@@ -108,12 +108,14 @@ def main(argv: list[str] | None = None) -> int:
             what = str(error) if isinstance(error, ImportError) else "a package is missing"
             print(f"error: {what}. Install it with: {install(extra)}", file=sys.stderr)
             return 1
-        # The Zoo's errors keep their traceback, as in the Zoo, but for what it says of a package, e.g. wandb, without a name.
-        # So does a package that is in none of our extras. But runs are ours
-        is_kept = error.name is not None if isinstance(error, ImportError) else is_zoo and "--run" not in argv
-        # Nor can an environment's be understood without, which a note names
-        is_kept = is_kept or bool(getattr(error, "__notes__", ()))
-        if is_kept:
+        if isinstance(error, ImportError):
+            # The Zoo says in words that a package is missing, e.g. wandb. Otherwise it is in none of our extras
+            is_kept = error.name is not None
+        else:
+            # As in the Zoo. But runs are ours
+            is_kept = is_zoo and "--run" not in argv
+        # What an environment has raised, which a note names, can only be understood with its traceback
+        if is_kept or hasattr(error, "__notes__"):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -20,7 +20,6 @@ from sb3_contrib.common.maskable.distributions import (
     MaskableCategoricalDistribution,
     MaskableMultiCategoricalDistribution,
 )
-from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
     CategoricalDistribution,
@@ -38,6 +37,7 @@ from sb3_episodic_a2c.plain_mlp import (
     BYPASSED,
     Array,
     PlainMlp,
+    base_class,
     inspect,
     is_compiled,
     numpy_layers,
@@ -135,7 +135,7 @@ def to_env_actions(actions: Array, policy: ActorCriticPolicy, bounds: tuple[Arra
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def refusing_too_large() -> Iterator[None]:
     """
     Turn the errors of torch's distributions about numbers that are not finite into one with a remedy.
 
@@ -176,9 +176,8 @@ class TorchActor:
         policy: Any = self.policy
         tensor = obs_as_tensor(observations, policy.device)
         # Not inference mode: modules may keep tensors, and training could not use these
-        with th.no_grad(), explained():
-            base = ActorCriticPolicy if isinstance(policy, ActorCriticPolicy) else MaskableActorCriticPolicy
-            if is_compiled(policy) or overridden_methods(policy, base, BYPASSED["distribution"]):
+        with th.no_grad(), refusing_too_large():
+            if is_compiled(policy) or overridden_methods(policy, base_class(policy), BYPASSED["distribution"]):
                 # `get_distribution` would bypass them
                 actions = policy(tensor, **inputs)[0]
             else:

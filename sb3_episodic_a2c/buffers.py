@@ -23,9 +23,9 @@ from sb3_episodic_a2c.samples import (
     cut_episodes,
     flat_indices,
     has_only_finite,
+    one_number_each,
     read_only,
     refuse_returns,
-    written,
 )
 from sb3_episodic_a2c.selection import TakeFinished, TransitionCounts
 
@@ -59,6 +59,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
     :param action_space: Action space
     :param device: PyTorch device the samples are put on
     :param n_envs: Number of parallel environments
+    :raises ValueError: ``buffer_size`` is smaller than 1
     """
 
     def __init__(
@@ -543,11 +544,15 @@ class EpisodicRolloutBuffer(BaseBuffer):
         if not self._has_written_advantages():
             # They are computed from the returns
             self._advantages = self._computed_advantages = None
-        self._returns = written("returns", returns, self.pos)
+        self._returns = one_number_each("returns", returns, self.pos)
 
     @property
     def advantages(self) -> np.ndarray:
-        """``(pos, 1)``, in the units of ``returns``: generalized advantages, or with ``gae_lambda=1`` ``returns - values``."""
+        """
+        ``(pos, 1)``, in the units of ``returns``: generalized advantages, or with ``gae_lambda=1`` ``returns - values``.
+
+        :raises ValueError: The buffer was pickled before they were computed
+        """
         if self._advantages is None:
             evaluations = self._evaluations
             if evaluations is None and self._evaluate and self.pos:
@@ -561,7 +566,7 @@ class EpisodicRolloutBuffer(BaseBuffer):
 
     @advantages.setter
     def advantages(self, advantages: np.ndarray) -> None:
-        self._advantages, self._computed_advantages = written("advantages", advantages, self.pos), None
+        self._advantages, self._computed_advantages = one_number_each("advantages", advantages, self.pos), None
 
     def fix_advantages(self) -> None:
         """Give training the advantages that a callback has written, or generalized ones; otherwise it computes them itself."""

@@ -1,6 +1,7 @@
 """SB3 callbacks that read the model and the training environments only."""
 
 from collections import deque
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,6 +58,11 @@ class _FinishedEpisodesCallback(BaseCallback):
         raise NotImplementedError
 
 
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"`{name}` is {value!r}. It must be an integer >= 1, e.g. 100.")
+
+
 class SolvedAt(NamedTuple):
     """When a task counted as solved."""
 
@@ -81,8 +87,7 @@ class StopTrainingOnSolved(_FinishedEpisodesCallback):
 
     def __init__(self, reward_threshold: float | None = None, n_episodes: int = 100, verbose: int = 0) -> None:
         super().__init__(verbose)
-        if n_episodes < 1:
-            raise ValueError(f"`n_episodes` is {n_episodes}. It must be an integer >= 1, e.g. 100.")
+        _check_positive("n_episodes", n_episodes)
         self.reward_threshold = reward_threshold
         self.n_episodes = n_episodes
         self.episode_rewards: deque[float] = deque(maxlen=n_episodes)
@@ -166,8 +171,7 @@ class EpisodeProgressCallback(_FinishedEpisodesCallback):
 
     def __init__(self, total_episodes: int | None = None, window: int = 100, **tqdm_kwargs: Any) -> None:
         super().__init__()
-        if window < 1:
-            raise ValueError(f"`window` is {window}. It must be an integer >= 1, e.g. 100.")
+        _check_positive("window", window)
         try:
             from tqdm import tqdm
         except ImportError as error:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
@@ -25,6 +24,7 @@ from sb3_episodic_a2c.plain_mlp import (
     TORCH_ACTIVATIONS,
     Array,
     PlainMlp,
+    base_class,
     has_backward_hooks,
     numpy_layers,
     overridden_methods,
@@ -81,7 +81,7 @@ def treats_rows_alone(policy: Any) -> bool:
         gradients of passes add up to that of all: no hook clips one
     """
     policy = unwrapped(policy)
-    base = ActorCriticPolicy if isinstance(policy, ActorCriticPolicy) else MaskableActorCriticPolicy
+    base = base_class(policy)
     if not isinstance(policy, base) or overridden_methods(policy, base, {*BYPASSED["acting"], *BYPASSED["training"]}):
         return False
     return all(

@@ -137,6 +137,14 @@ class PlainMlp:
         return [[*layer._parameters] for layer in self._linear]
 
 
+def base_class(policy: Any) -> type[ActorCriticPolicy] | type[MaskableActorCriticPolicy]:
+    """
+    :param policy: A policy
+    :return: The class of SB3 or sb3-contrib that it is derived from
+    """
+    return ActorCriticPolicy if isinstance(policy, ActorCriticPolicy) else MaskableActorCriticPolicy
+
+
 def inspect(policy: ActorCriticPolicy) -> PlainMlp | str:
     """
     Find the layers of a policy, if it is a plain MLP.
@@ -145,16 +153,14 @@ def inspect(policy: ActorCriticPolicy) -> PlainMlp | str:
     :return: Its layers, if running them does what the policy does; otherwise the reason why not
     """
     given, policy = policy, unwrapped(policy)
-    for base in (ActorCriticPolicy, MaskableActorCriticPolicy):
-        # A subclass that overrides one of these may have another distribution
-        if isinstance(policy, base) and not overridden_methods(type(policy), base, BYPASSED["acting"]):
-            break
-    else:
+    base = base_class(policy)
+    # A subclass that overrides one of these may have another distribution
+    if not isinstance(policy, base) or overridden_methods(type(policy), base, BYPASSED["acting"]):
         return f"{type(policy).__name__} computes its distribution in a way of its own"
     for space in _parts(policy.observation_space).values():
         if isinstance(space, spaces.Box) and is_image_space(space):
             return f"there are images among the observations, {space}"
-    reason = _reason_against_modules(policy) or _reason_against_layers(policy, _actor_layers(policy))
+    reason = _reason_against_modules(policy) or _reason_against_layers(_actor_layers(policy))
     if reason is not None:
         return reason
     return PlainMlp(given, _actor_layers(policy), _critic_layers(policy) if _has_plain_critic(policy) else None)
@@ -190,7 +196,7 @@ def _reason_against_modules(policy: ActorCriticPolicy) -> str | None:
     return None
 
 
-def _reason_against_layers(policy: ActorCriticPolicy, layers: list[Any]) -> str | None:
+def _reason_against_layers(layers: list[Any]) -> str | None:
     for module in layers:
         if reason := reason_against_calls(module):
             return reason
@@ -238,7 +244,7 @@ def _has_plain_critic(policy: ActorCriticPolicy) -> bool:
     actor, critic = _actor_layers(policy), _critic_layers(policy)
     containers = (*policy.features_extractor.modules(), extractor, extractor.policy_net, extractor.value_net)
     return (
-        _reason_against_layers(policy, critic) is None
+        _reason_against_layers(critic) is None
         and reason_against_calls(extractor.value_net) is None
         and not any(has_backward_hooks(module) for module in (*containers, *actor, *critic))
         and all(parameter.is_cpu for module in (*actor, *critic) for parameter in _parameters(module))
@@ -249,6 +255,7 @@ def _has_plain_critic(policy: ActorCriticPolicy) -> bool:
 
 
 def _is_on_cpu(layer: nn.Linear) -> bool:
+    # Tests without a GPU replace it
     return layer.weight.is_cpu
 
 

@@ -13,7 +13,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_episodic_a2c.actors import check_finite, explained
+from sb3_episodic_a2c.actors import check_finite, refusing_too_large
 from sb3_episodic_a2c.buffers import RunningEpisodes
 from sb3_episodic_a2c.episodic_a2c import EpisodicA2C
 from sb3_episodic_a2c.evaluation import Evaluations
@@ -134,7 +134,7 @@ class RecurrentEpisodicA2C(EpisodicA2C):
     ) -> np.ndarray:
         policy = self.policy
         assert self._lstm_states is not None and self._last_episode_starts is not None
-        with th.no_grad(), explained():
+        with th.no_grad(), refusing_too_large():
             states_pi, states_vf = self._lstm_states
             if self._last_episode_starts.any():
                 is_start = th.as_tensor(self._last_episode_starts, dtype=th.bool, device=self.device).view(1, -1, 1)

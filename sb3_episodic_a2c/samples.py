@@ -154,7 +154,7 @@ def read_only(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def written(name: str, given: np.ndarray, n_transitions: int) -> np.ndarray:
+def one_number_each(name: str, given: np.ndarray, n_transitions: int) -> np.ndarray:
     """
     :param name: What was set
     :param given: One number for each transition

@@ -58,6 +58,7 @@ class TakeFinished:
 
         :param infos: The infos of all environments
         :param dones: ``(n_envs,)`` whether their episodes ended
+        :return: Both
         """
         reporting: np.ndarray | None = getattr(infos, "reporting", None)
         if reporting is not None:

@@ -61,6 +61,7 @@ BOX, TWO = spaces.Box(-1, 1, (2,)), spaces.Discrete(2)
         ({"stats_window_size": 0}, "0", "integer >= 1"),
         ({"actor": "jax"}, "'jax'", "'auto', 'numpy', 'torch'"),
         ({"sde_sample_freq": -2}, "-2", "-1 for one a rollout"),
+        ({"sde_sample_freq": 0}, "0", "-1 for one a rollout"),
         ({"rollout_buffer_class": RolloutBuffer}, "RolloutBuffer", "EpisodicRolloutBuffer"),
         ({"rollout_buffer_kwargs": 3}, "3", "dict"),
         ({"policy_kwargs": [64]}, r"\[64\]", "dict"),

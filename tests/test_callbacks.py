@@ -129,10 +129,11 @@ def test_refusals() -> None:
         EpisodicA2C("MlpPolicy", "Pendulum-v1").learn(10, callback=StopTrainingOnSolved())
     with pytest.raises(ValueError, match=r"not monitored.*VecMonitor"):
         EpisodicA2C("MlpPolicy", DummyVecEnv([RisingEnv])).learn(10, callback=StopTrainingOnSolved(1.0))
-    with pytest.raises(ValueError, match="`n_episodes` is 0"):
-        StopTrainingOnSolved(n_episodes=0)
-    with pytest.raises(ValueError, match="`window` is 0"):
-        EpisodeProgressCallback(window=0)
+    for number in (0, 2.5):
+        with pytest.raises(ValueError, match=f"`n_episodes` is {number}"):
+            StopTrainingOnSolved(n_episodes=number)
+        with pytest.raises(ValueError, match=f"`window` is {number}"):
+            EpisodeProgressCallback(window=number)
 
 
 def test_a_threshold_that_envpool_does_not_name() -> None:

@@ -359,9 +359,9 @@ def test_a_finished_training_is_resumed_at_its_end(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("save_freq, keep", [(0, 3), (10, 0)])
+@pytest.mark.parametrize("save_freq, keep", [(0, 3), (10, 0), (10, 1.5)])
 def test_callback_arguments(save_freq: int, keep: int, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is 0\. It must be an integer >= 1"):
+    with pytest.raises(ValueError, match=r"is (0|1\.5)\. It must be an integer >= 1"):
         ResumableCheckpointCallback(tmp_path, save_freq=save_freq, keep=keep)
 
 

@@ -161,6 +161,8 @@ def test_gif_refusals(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "none.zip").touch()
     assert main(["gif", "--model", str(tmp_path / "none.zip"), "--algo", "XYZ", "--env", "CartPole-v1", "-o", "x.gif"]) == 1
     assert "`--algo` 'XYZ' is no algorithm" in capsys.readouterr().err
+    assert main(["gif", "--run", str(tmp_path), "--env", "CartPole-v1", "-o", "x.gif"]) == 1
+    assert "`--env` is CartPole-v1, but the folder of `--run` says it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fps", [15.0, 30.0, 50.0, 60.0, 100.0])

@@ -13,7 +13,7 @@ from sb3_episodic_a2c import EpisodicA2C, notebook_preset
 from sb3_episodic_a2c.callbacks import StopTrainingOnSolved
 
 
-class TargetEnv(gym.Env):
+class LinearTargetEnv(gym.Env):
     """Three steps; the best action is a known function of the observation, and the reward 1 less the squared distance."""
 
     observation_space = spaces.Box(-1, 1, (2,))
@@ -71,9 +71,9 @@ class DictEnv(BrightSideEnv):
 
 @pytest.mark.parametrize("policy", ["MlpPolicy", pytest.param("SharedMlpPolicy", marks=pytest.mark.slow)])
 def test_continuous_actions(policy: str) -> None:
-    model = EpisodicA2C(policy, make_vec_env(TargetEnv, n_envs=4, seed=0), n_episodes=2, gamma=0.0, seed=0, device="cpu")
+    model = EpisodicA2C(policy, make_vec_env(LinearTargetEnv, n_envs=4, seed=0), n_episodes=2, gamma=0.0, seed=0, device="cpu")
     model.learn(20_000)
-    mean_reward, _ = evaluate_policy(model, make_vec_env(TargetEnv, seed=1), n_eval_episodes=100)
+    mean_reward, _ = evaluate_policy(model, make_vec_env(LinearTargetEnv, seed=1), n_eval_episodes=100)
     # The best is 3.0; the middle of the actions gives 2.66
     assert mean_reward > 2.97
 
@@ -82,7 +82,7 @@ def test_continuous_actions(policy: str) -> None:
 def test_continuous_actions_with_gsde() -> None:
     model = EpisodicA2C(
         "MlpPolicy",
-        make_vec_env(TargetEnv, n_envs=4, seed=0),
+        make_vec_env(LinearTargetEnv, n_envs=4, seed=0),
         n_episodes=2,
         gamma=0.0,
         use_sde=True,
@@ -91,7 +91,7 @@ def test_continuous_actions_with_gsde() -> None:
         device="cpu",
     )
     model.learn(20_000)
-    mean_reward, _ = evaluate_policy(model, make_vec_env(TargetEnv, seed=1), n_eval_episodes=100)
+    mean_reward, _ = evaluate_policy(model, make_vec_env(LinearTargetEnv, seed=1), n_eval_episodes=100)
     assert mean_reward > 2.95
 
 

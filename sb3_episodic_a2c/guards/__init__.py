@@ -1,5 +1,5 @@
 """
-What may go wrong from outside, one subject a file: arguments, files, numbers, signals, worker processes. `transaction`
+What may go wrong from outside, one subject a file: arguments, files, numbers, resets, signals, worker processes. `transaction`
 undoes what an update has changed so far, `training` is the one `with` that `learn` needs.
 
 What a user sees of it. In each case the model is as after its last gradient step, and the next ``learn`` resets the
@@ -17,6 +17,7 @@ environments.
 - A schedule returns NaN, infinity or a number out of its range: a ValueError that names the update, which is not made.
 - Ctrl-C, SIGTERM if Python handles it, an exception in a callback: passed on. In a terminal, Ctrl-C also ends the worker
   processes of ``SubprocVecEnv``, as in SB3: the next ``learn`` says so and asks for new ones.
+- A callback resets the training environments: a warning, and their running episodes are dropped.
 - A file is truncated, damaged, or of another network, algorithm or observation space: an error that says so. ``load`` makes no
   model, ``set_parameters`` loads all or nothing.
 - The disk is full: an OSError. An earlier file of that name is as it was.

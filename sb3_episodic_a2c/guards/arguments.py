@@ -21,7 +21,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and bool(np.isfinite(float(value)))
 
 
-def _is_integer(value: Any, minimum: int) -> bool:
+def is_integer(value: Any, minimum: int) -> bool:
+    """
+    :param value: Anything
+    :param minimum: The least that it may be
+    :return: Whether it is such an integer, of Python's or NumPy's; a bool is not one
+    """
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
 
 
@@ -63,7 +68,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         callable(learning_rate) or (_is_number(learning_rate) and learning_rate >= 0),
         "It must be a number >= 0, e.g. 3e-3, or a function of the progress remaining (from 1 to 0).",
     )
-    check("n_episodes", _is_integer(arguments["n_episodes"], 1), "It must be an integer >= 1 (episodes per environment).")
+    check("n_episodes", is_integer(arguments["n_episodes"], 1), "It must be an integer >= 1 (episodes per environment).")
     check("gamma", _is_number(gamma) and 0 <= gamma <= 1, "It must lie in [0, 1], e.g. 0.99.")
     method = arguments["standardize_returns"]
     check("standardize_returns", method in (*STANDARDIZATIONS,), f"It must be one of {(*STANDARDIZATIONS,)}.")
@@ -103,9 +108,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         "With detach_advantage=False the gradient flows through the return minus the value: set it to 1.0, or use "
         "detach_advantage=True.",
     )
-    check(
-        "n_value_epochs", _is_integer(arguments["n_value_epochs"], 0), "It must be an integer >= 0 (gradient steps), e.g. 4."
-    )
+    check("n_value_epochs", is_integer(arguments["n_value_epochs"], 0), "It must be an integer >= 0 (gradient steps), e.g. 4.")
     check(
         "n_value_epochs",
         arguments["n_value_epochs"] == 0 or vf_coef > 0,
@@ -139,17 +142,17 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     )
     check(
         "batch_size",
-        batch_size is None or _is_integer(batch_size, 1),
+        batch_size is None or is_integer(batch_size, 1),
         "It must be an integer >= 1 (transitions per pass), or None for all at once.",
     )
     # A loaded model has it under another name
     stats_window_size = arguments.get("stats_window_size", 1)
-    check("stats_window_size", _is_integer(stats_window_size, 1), "It must be an integer >= 1 (episodes), e.g. 100.")
+    check("stats_window_size", is_integer(stats_window_size, 1), "It must be an integer >= 1 (episodes), e.g. 100.")
     check("actor", arguments["actor"] in get_args(ActorChoice), f"It must be one of {get_args(ActorChoice)}.")
     sde_sample_freq = arguments["sde_sample_freq"]
     check(
         "sde_sample_freq",
-        _is_integer(sde_sample_freq, -1),
+        is_integer(sde_sample_freq, -1) and sde_sample_freq != 0,
         "It must be an integer >= 1 (steps between two noise matrices), or -1 for one a rollout.",
     )
     buffer_class = arguments["rollout_buffer_class"]

@@ -13,7 +13,7 @@ class ResetWatch:
         self._seen: tuple[Any, ...] | None = None
 
     def __reduce__(self) -> tuple[type["ResetWatch"], tuple[()]]:
-        # A copy has seen nothing: its environments are copies, too, or others
+        # A copy has seen nothing: its environments are copies or others
         return ResetWatch, ()
 
     def look(self, env: VecEnv, obs: Any = None) -> None:
@@ -29,7 +29,7 @@ class ResetWatch:
         """
         :param env: The environments, without wrappers
         :param obs: The observations from which the training would go on
-        :return: Whether these environments were reset since the last look, and nobody has replaced the observations
+        :return: Whether these environments were reset since the last look, and the observations were not replaced
         """
         if self._seen is None:
             return False

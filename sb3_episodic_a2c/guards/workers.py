@@ -140,6 +140,7 @@ def watch_workers(env: VecEnv | None) -> Iterator[None]:
     sleeps until a worker ends, and then closes its pipe for good.
 
     :param env: The environments; nothing is done unless they live in forked processes
+    :raises RuntimeError: They are closed
     """
     subproc_env = None if env is None else base_env(env)
     if isinstance(subproc_env, SubprocVecEnv | AsyncVectorEnv) and subproc_env.closed:

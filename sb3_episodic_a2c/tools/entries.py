@@ -128,12 +128,11 @@ def import_packages(packages: Sequence[str]) -> None:
             ) from error
 
 
-def check_env(env_id: str, **env_kwargs: Any) -> None:
+def checked_env(env_id: str, **env_kwargs: Any) -> gym.Env:
     """
-    Make the environment once.
-
     :param env_id: Id of the environment
     :param env_kwargs: What it is made with
+    :return: The environment, to be closed
     :raises ValueError: It is not registered, or lacks an argument. What else it may raise, e.g. about a missing package, is
         passed on
     """
@@ -145,7 +144,7 @@ def check_env(env_id: str, **env_kwargs: Any) -> None:
         raise ValueError(f"`env` {env_id!r} is no registered environment. {hint}")
     try:
         # A package that it needs may be missing, e.g. Box2D
-        gym.make(env_id, **env_kwargs).close()
+        return gym.make(env_id, **env_kwargs)
     except TypeError as error:
         if "argument" not in str(error):
             # A mistake in the environment, which only the traceback shows

@@ -75,7 +75,8 @@ def evaluate(
     on_episode: Callable[[], Any] = lambda: None,
 ) -> Evaluation:
     """
-    Play greedy episodes, each from a seed of its own, so that any of them can be played again.
+    Play greedy episodes, each from a seed of its own, so that any of them can be played again. They are cut after
+    :data:`MAX_EPISODE_STEPS`.
 
     :param model: The agent
     :param env: Environments in a ``Monitor`` each; they are stepped together
@@ -83,6 +84,7 @@ def evaluate(
     :param seed: Seed of the first episode
     :param on_episode: Called when one has ended
     :return: Their rewards and lengths
+    :raises ValueError: ``n_episodes`` is smaller than 1
     """
     if n_episodes < 1:
         raise ValueError(f"`n_episodes` is {n_episodes}. It must be an integer >= 1.")

@@ -39,7 +39,7 @@ class PlainA2C:
                 "observations and discrete actions: leave it out."
             )
         if env.autoreset_mode == AutoresetMode.DISABLED:
-            raise ValueError("`env` has AutoresetMode.DISABLED, but nobody would reset it here. Use another mode.")
+            raise ValueError("`env` has AutoresetMode.DISABLED, so it would never be reset here. Use another mode.")
         self.env = env
         self.is_next_step = env.autoreset_mode == AutoresetMode.NEXT_STEP
         (n_inputs,), self.n_envs = env.observation_space.shape or (), env.num_envs

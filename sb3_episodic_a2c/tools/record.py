@@ -238,20 +238,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", dest="folder", type=Path, help="output folder of solve, which says all about the agent")
     source.add_argument("--model", type=Path, help="zip of any model; needs --env")
-    parser.add_argument(
-        "--algo", default="EpisodicA2C", help="class of the model: ours, SB3's or sb3-contrib's (default: %(default)s)"
-    )
-    parser.add_argument("--env", help="id of the environment, e.g. CartPole-v1")
+    parser.add_argument("--algo", help="class of --model: ours, SB3's or sb3-contrib's (default: EpisodicA2C)")
+    parser.add_argument("--env", help="id of the environment of --model, e.g. CartPole-v1")
     parser.add_argument("-o", "--output", required=True, type=Path, help="the GIF to write")
     parser.add_argument("--n-episodes", type=int, default=1, help="episodes to play (default: %(default)s)")
     parser.add_argument("--max-steps", type=int, help="the most steps in all (default: no limit)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the environment (default: %(default)s)")
-    parser.add_argument("--vec-normalize", type=Path, help="saved VecNormalize statistics (.pkl) of the training")
+    parser.add_argument("--vec-normalize", type=Path, help="saved VecNormalize statistics (.pkl) of the training of --model")
 
 
 def run(arguments: argparse.Namespace) -> None:
     how_long = {"n_episodes": arguments.n_episodes, "seed": arguments.seed, "max_steps": arguments.max_steps}
     if arguments.folder is not None:
+        for name, given in {"algo": arguments.algo, "env": arguments.env, "vec-normalize": arguments.vec_normalize}.items():
+            if given is not None:
+                raise ValueError(f"`--{name}` is {given}, but the folder of `--run` says it. Leave it out, or give `--model`.")
         finished = Run.read(arguments.folder)
         episode_rewards = record_episodes(finished, finished.load_model(), arguments.output, **how_long)
     else:
@@ -259,7 +260,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError("`--env` is missing. Give the id of the environment of `--model`, or the folder of `--run`.")
         if not arguments.model.is_file():
             raise ValueError(f"`--model` {arguments.model} is not a file. Give the zip that `model.save` or `solve` wrote.")
-        model = _algorithm_class(arguments.algo).load(arguments.model, device="cpu")
+        model = _algorithm_class(arguments.algo or "EpisodicA2C").load(arguments.model, device="cpu")
         episode_rewards = record_gif(
             model, arguments.env, arguments.output, vec_normalize_path=arguments.vec_normalize, **how_long
         )

@@ -28,6 +28,8 @@ except ImportError:
 CHECKPOINTS = "checkpoints"
 """Folder in the output folder of a run, as long as the run is not finished."""
 
+MODEL = "model.zip"
+
 STATISTICS = "vecnormalize.pkl"
 """Of ``VecNormalize``, where the entry normalises."""
 
@@ -113,7 +115,7 @@ def _check_unused(folder: Path, fresh: bool) -> None:
 
     :raises ValueError: A new run would overwrite something in it
     """
-    if (folder / "model.zip").exists():
+    if (folder / MODEL).exists():
         raise ValueError(f"`output` {folder} holds a model already, which would be lost. Give another folder.")
     paths = _files_of_training(folder)
     if paths and not fresh:
@@ -139,7 +141,7 @@ def discarded_without_a_model(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not (folder / "model.zip").exists() and not checkpoints_in(folder):
+        if not (folder / MODEL).exists() and not checkpoints_in(folder):
             for path in _files_of_training(folder):
                 path.unlink()
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

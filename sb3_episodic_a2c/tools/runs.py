@@ -24,10 +24,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_episodic_a2c import EpisodicA2C
 from sb3_episodic_a2c.tools.entries import entry_manager, import_packages
 from sb3_episodic_a2c.tools.greedy import Evaluation, evaluate
-from sb3_episodic_a2c.tools.run_folder import STATISTICS
+from sb3_episodic_a2c.tools.run_folder import MODEL, STATISTICS
 from sb3_episodic_a2c.tools.zoo import ALGORITHMS, evaluation_env_kwargs, launch, register
-
-MODEL = "model.zip"
 
 CONFIG = "config.yml"
 """The hyperparameters, as RL Zoo writes and reads them."""
@@ -56,7 +54,7 @@ class Run:
             if not (folder / name).is_file():
                 raise ValueError(f"`run` {folder} has no {name}, so it is no finished run. Give a folder that `solve` wrote.")
         with open(folder / CONFIG) as file:
-            # As the Zoo does: hyperparameters may be any object. The model is a pickle, too
+            # As the Zoo does: hyperparameters may be any object. So is the model
             hyperparams = dict(yaml.load(file, Loader=yaml.UnsafeLoader))
         run = cls(folder, json.loads((folder / RESULT).read_text()), hyperparams)
         register()

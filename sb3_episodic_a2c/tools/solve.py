@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch as th
 import yaml
@@ -29,7 +28,7 @@ from sb3_episodic_a2c.callbacks import EpisodeProgressCallback, SolvedAt, StopTr
 from sb3_episodic_a2c.guards.arguments import check_spaces
 from sb3_episodic_a2c.guards.files import atomic_write
 from sb3_episodic_a2c.tools.entries import (
-    check_env,
+    checked_env,
     entry_manager,
     evaluation_seed,
     import_packages,
@@ -39,6 +38,7 @@ from sb3_episodic_a2c.tools.greedy import Evaluation, evaluate
 from sb3_episodic_a2c.tools.record import one_line, reason_against_pictures, record_episodes
 from sb3_episodic_a2c.tools.run_folder import (
     CHECKPOINTS,
+    MODEL,
     STATISTICS,
     checkpoints_in,
     discarded_without_a_model,
@@ -46,7 +46,7 @@ from sb3_episodic_a2c.tools.run_folder import (
     open_folder,
     resume_run,
 )
-from sb3_episodic_a2c.tools.runs import CONFIG, MODEL, RESULT, Run
+from sb3_episodic_a2c.tools.runs import CONFIG, RESULT, Run
 from sb3_episodic_a2c.tools.vectorization import HELP as VECTORIZATION_HELP
 from sb3_episodic_a2c.tools.vectorization import VECTORIZATIONS, check_vectorization
 from sb3_episodic_a2c.tools.versions import versions
@@ -54,8 +54,8 @@ from sb3_episodic_a2c.tools.zoo import (
     ALGORITHMS,
     DEFAULT_ALGORITHM,
     config_path,
-    evaluate_kwargs,
     evaluation_env_kwargs,
+    parse_kwargs,
     register,
     store_dict_action,
 )
@@ -202,10 +202,9 @@ def solve(
     register()
     import_packages(gym_packages)
     # Before the folder is made: an unknown environment or preset must not leave one behind
-    given_env_kwargs = evaluate_kwargs((hyperparams or {}).get("env_kwargs"))
-    check_env(env_id, **given_env_kwargs)
+    given_env_kwargs = parse_kwargs((hyperparams or {}).get("env_kwargs"))
+    probe = checked_env(env_id, **given_env_kwargs)
     check_vectorization(vectorization, env_id)
-    probe = gym.make(env_id, **given_env_kwargs)
     entry = preset_entry(preset, algorithm, env_id, probe.observation_space, given_env_kwargs) | (hyperparams or {})
     if n_envs is not None:
         entry["n_envs"] = n_envs
@@ -235,7 +234,7 @@ def solve(
         manager.first_index = first_index
         return manager.create_envs(manager.n_envs)
 
-    # Unlocks the folder whatever happens. What has learnt nothing must not be in the way of the next start
+    # Unlocks the folder whatever happens. A run that fails before it has saved anything must not block the next start
     with lock, discarded_without_a_model(folder):
         model = resume_run(folder, make_env, device)
         # No mean reward exceeds infinity
@@ -358,7 +357,7 @@ def _check_hyperparams(algorithm_class: type[EpisodicA2C], arguments: dict[str, 
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"It has {', '.join(known)}."
             raise ValueError(f"`hyperparams` hold {name!r}, which {algorithm_class.__name__} does not know. {hint}")
-    algorithm_class(env=None, _init_setup_model=False, **arguments)  # type: ignore[arg-type]  # SB3's `load` does so, too
+    algorithm_class(env=None, _init_setup_model=False, **arguments)  # type: ignore[arg-type]  # as SB3's `load` does
 
 
 def _stopped(folder: Path, num_timesteps: int, total_timesteps: int, mean_reward: float) -> str:

@@ -60,7 +60,7 @@ def make_vec_env(
     """
     SB3's function of that name, for all vectorisations.
 
-    Unlike it, this does not ask for images where nobody watches. ``A2C("MlpPolicy", env_id)`` does: LunarLander then adds a
+    Unlike it, this does not ask for images that are not looked at. ``A2C("MlpPolicy", env_id)`` does: LunarLander then adds a
     particle to its physics at every thrust, which only ``render`` removes, so long episodes get ten times slower.
 
     :param env_id: Id of the environment

@@ -170,7 +170,7 @@ def store_dict_action() -> type[argparse.Action]:
     return Hyperparameters
 
 
-def evaluate_kwargs(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
+def parse_kwargs(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
     """
     :param kwargs: Keyword arguments as a config has them, maybe as Python code in a string
     :return: The arguments. Code is evaluated as the Zoo does it, in the module of its manager
@@ -186,7 +186,7 @@ def evaluation_env_kwargs(env_id: str, hyperparams: dict[str, Any]) -> dict[str,
     :param hyperparams: Its entry
     :return: The arguments that the environment is made with for evaluations
     """
-    env_kwargs = evaluate_kwargs(hyperparams.get("env_kwargs"))
+    env_kwargs = parse_kwargs(hyperparams.get("env_kwargs"))
     spec = gym.registry.get(env_id)
     if spec is not None and spec.max_episode_steps is None:
         # Without a limit of its own, a greedy agent may walk in a circle forever
@@ -347,7 +347,7 @@ def fix_experiment_manager(experiment_manager: type[Any]) -> type[Any]:
 
         def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
             # Upstream evaluates code in a string for other arguments, but not for these
-            hyperparams["env_kwargs"] = evaluate_kwargs(hyperparams.get("env_kwargs", self.env_kwargs))
+            hyperparams["env_kwargs"] = parse_kwargs(hyperparams.get("env_kwargs", self.env_kwargs))
             return super()._preprocess_hyperparams(hyperparams)
 
         def create_callbacks(self) -> None:

@@ -1,13 +1,13 @@
 """The grid: which cells a comparison has, planned and checked before anything is trained."""
 
-import numbers
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sb3_episodic_a2c.guards.arguments import is_integer
 from sb3_episodic_a2c.tools.comparison.cells import Cell
 from sb3_episodic_a2c.tools.comparison.hyperparams import check_algorithm, hyperparams_of, zoo_id
-from sb3_episodic_a2c.tools.entries import check_env, import_packages
+from sb3_episodic_a2c.tools.entries import checked_env, import_packages
 from sb3_episodic_a2c.tools.vectorization import check_vectorization
 from sb3_episodic_a2c.tools.zoo import TRAINING_ONLY, register
 
@@ -45,7 +45,7 @@ def plan_cells(
     import_packages(gym_packages)
     envs, algorithms = _distinct("env", envs), _distinct("algo", algorithms)
     for env_id in envs:
-        check_env(env_id)
+        checked_env(env_id).close()
         check_vectorization(vectorization, env_id)
     seeds_of = _seeds_of(envs, seeds)
     n_evaluations_of = _n_evaluations_of(envs, n_evaluations)
@@ -124,24 +124,19 @@ def check_positive(name: str, value: Any, hint: str = "") -> int:
     :return: A Python integer
     :raises ValueError: It is no integer, or smaller than 1
     """
-    if not _is_integer(value) or value < 1:
+    if not is_integer(value, 1):
         raise ValueError(f"{name} is {value!r}. It must be an integer >= 1.{hint}")
     return int(value)
 
 
-def _is_integer(value: Any) -> bool:
-    """Whether it is an integer of Python's or NumPy's; a bool is not one."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def _check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     if not isinstance(seeds, Iterable):
-        if not _is_integer(seeds) or seeds < 1:
+        if not is_integer(seeds, 1):
             raise ValueError(f"`seeds` is {seeds!r}. It must be an integer >= 1, or a list of seeds.")
         return tuple(range(seeds))
     for seed in seeds:
         # NumPy's seeds have 32 bits, and each environment of a training adds its index
-        if not _is_integer(seed) or not 0 <= seed < 2**31:
+        if not is_integer(seed, 0) or seed >= 2**31:
             raise ValueError(f"`seeds` holds {seed!r}. Each must be an integer >= 0 and < 2**31.")
     return _distinct("seeds", [int(seed) for seed in seeds])
 

@@ -6,7 +6,7 @@ from typing import Any
 from gymnasium.envs.registration import get_env_id, parse_env_id
 
 from sb3_episodic_a2c.tools.entries import read_entry
-from sb3_episodic_a2c.tools.zoo import ALGORITHMS, DEFAULT_ALGORITHM, evaluate_kwargs, experiment_manager_class
+from sb3_episodic_a2c.tools.zoo import ALGORITHMS, DEFAULT_ALGORITHM, experiment_manager_class, parse_kwargs
 from sb3_episodic_a2c.tools.zoo import algorithms as zoo_algorithms
 
 MATCHED = "a2c-matched"
@@ -29,7 +29,7 @@ def check_algorithm(label: str) -> None:
 def hyperparams_of(label: str, env_id: str, configs: dict[str, str]) -> dict[str, Any]:
     """
     The Zoo's algorithms have the Zoo's entries, if need be that of an older version of the environment: the Zoo tuned
-    HalfCheetah-v4, and nobody would leave its normalisation out with -v5.
+    HalfCheetah-v4, and its normalisation is as useful with -v5.
 
     :param label: Zoo id of an algorithm, or :data:`MATCHED`
     :param env_id: Id of the environment
@@ -69,7 +69,7 @@ def _matched(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
         "n_envs": ours.get("n_envs", 1),
     }
     names = ("optimizer_class", "optimizer_kwargs")
-    ours_kwargs, theirs_kwargs = (evaluate_kwargs(hyperparams.get("policy_kwargs")) for hyperparams in (ours, theirs))
+    ours_kwargs, theirs_kwargs = (parse_kwargs(hyperparams.get("policy_kwargs")) for hyperparams in (ours, theirs))
     if any(name in kwargs for name in names for kwargs in (ours_kwargs, theirs_kwargs)):
         others = {name: value for name, value in theirs_kwargs.items() if name not in names}
         matched["policy_kwargs"] = {**others, **{name: ours_kwargs[name] for name in names if name in ours_kwargs}}
