@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnvWrapper
 
 from sb3_episodic_a2c.episodic_a2c import EpisodicA2C
 from sb3_episodic_a2c.guards.arguments import is_integer
-from sb3_episodic_a2c.guards.files import atomic_write
+from sb3_episodic_a2c.guards.files import atomic_write, with_suffix
 from sb3_episodic_a2c.guards.signals import uninterrupted
 from sb3_episodic_a2c.plain_mlp import unwrapped
 
@@ -73,10 +73,6 @@ def _warn_of_fresh_episodes(reason: str) -> None:
     )
 
 
-def _with_suffix(path: Path) -> Path:
-    return path if path.suffix else Path(f"{path}.zip")
-
-
 def _write(model: EpisodicA2C, path: Path) -> str | None:
     """Write a checkpoint. Returns why the environments are not part of it, or None if they are."""
     vec_normalize = model.get_vec_normalize_env()
@@ -110,7 +106,7 @@ def _write(model: EpisodicA2C, path: Path) -> str | None:
 
 
 def _write_file(model: EpisodicA2C, path: Path, members: dict[str, bytes]) -> None:
-    with atomic_write(_with_suffix(path)) as file:
+    with atomic_write(with_suffix(path)) as file:
         model.save(file)  # type: ignore[arg-type]  # SB3 only calls what BinaryIO has
         with zipfile.ZipFile(file, mode="a") as archive:
             for name, content in members.items():
@@ -144,7 +140,7 @@ def load_checkpoint(
     """
     path = Path(path)
     if not path.exists():
-        path = _with_suffix(path)
+        path = with_suffix(path)
     members = _read(path)
     device = get_device(device)
     training = _unpickle(members[TRAINING_MEMBER], device)

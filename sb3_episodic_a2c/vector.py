@@ -411,7 +411,22 @@ class GymnasiumVecEnv(VecEnv):
         if self._sub_envs is not None:
             # Not through `call`, which would call a method
             return [sub_env.get_wrapper_attr(attr_name) for sub_env in self._sub_envs_at(indices, "this")]
-        return list(self._all_or_some(self._layers[-1].get_attr(attr_name), indices))
+        self._check_has(attr_name)
+        return list(self._all_or_some(self._layers[-1].call("get_wrapper_attr", attr_name), indices))
+
+    def has_attr(self, attr_name: str) -> bool:
+        try:
+            if self._find(attr_name) is None:
+                self._check_has(attr_name)
+        except AttributeError:
+            return False
+        return True
+
+    def _check_has(self, name: str) -> None:
+        """Make sure that the environments have an attribute: worker processes end if they are asked for one that they lack."""
+        base = self._layers[-1]
+        if not all(base.call("has_wrapper_attr", name)):
+            raise AttributeError(f"The environments of {type(base).__name__} have no attribute {name!r}")
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         owner = next((layer for layer in self._layers if attr_name in vars(layer)), None)

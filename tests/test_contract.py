@@ -721,6 +721,16 @@ def save_to(model: Any, folder: Path, form: str) -> Any:
     return path
 
 
+def test_a_model_is_saved_where_sb3_looks_for_it(algorithm, tmp_path):
+    model = make_model(algorithm, counting(1))
+    model.save(f"{tmp_path}/agent/")
+    (tmp_path / "agent.zip").chmod(0o660)
+    model.save(tmp_path / "agent")
+    algorithm.load(f"{tmp_path}/agent/", device="cpu")
+    assert (tmp_path / "agent.zip").stat().st_mode & 0o777 == 0o660
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("form", ["str", "str with suffix", "pathlib", "file", "buffer"])
 def test_save_and_load(algorithm, form, tmp_path):
     """Parameters, optimizer, counters, arguments and running statistics come back bit for bit."""

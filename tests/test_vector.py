@@ -688,6 +688,15 @@ def test_attributes_and_methods() -> None:
         assert processes.get_attr("gravity", 1) == [9.8]
         processes.set_attr("gravity", 1.0)
         assert processes.get_attr("gravity") == [1.0, 1.0]
+        # A worker process ends if it is asked for what it lacks
+        assert processes.has_attr("gravity") and not processes.has_attr("missing")
+        with pytest.raises(AttributeError, match="AsyncVectorEnv have no attribute 'missing'"):
+            processes.get_attr("missing")
+        model = MaskableEpisodicA2C("MlpPolicy", processes, device="cpu")
+        with pytest.raises(ValueError, match="use_masking=False"):
+            model.learn(100)
+        model.use_masking = False
+        assert model.learn(100).num_timesteps == 100
         with pytest.raises(ValueError, match="SyncVectorEnv"):
             processes.env_method("reset", indices=[0])
     finally:

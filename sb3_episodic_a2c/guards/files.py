@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Whatever happens before that, a crash of the machine included, leaves what ``path`` was before.
 
-    :param path: Where the file will be. Its folder is made if it is missing
+    :param path: Where the file will be. Its folder is made if it is missing. A file that is there keeps its permissions
     """
     # Replace the target of a link, not the link
     path = Path(os.path.realpath(path))
@@ -36,6 +37,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     temporary = temporary_path(path)
     try:
         with open(temporary, "w+b") as file:
+            if path.exists():
+                shutil.copymode(path, temporary)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -50,6 +53,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def with_suffix(path: Path) -> Path:
+    """
+    :param path: Where a model is to be, maybe without ``.zip``
+    :return: Where SB3 looks for it
+    """
+    return path if path.suffix else Path(f"{path}.zip")
 
 
 def temporary_path(path: Path) -> Path:
@@ -111,7 +122,7 @@ class SafelySaved(BaseAlgorithm):
             if not isinstance(path, (str, pathlib.Path)):
                 super().save(path, exclude, include)
                 return
-            with atomic_write(path if pathlib.Path(path).suffix else f"{path}.zip") as file:
+            with atomic_write(with_suffix(Path(path))) as file:
                 super().save(file, exclude, include)  # type: ignore[arg-type]  # SB3 only calls what BinaryIO has
 
     @classmethod
