@@ -277,7 +277,7 @@ def test_reading_before_there_is_anything() -> None:
 
 
 def test_a_pickle_has_the_rows_in_use_only() -> None:
-    """A checkpoint of an agent of images had gigabytes of others."""
+    """With all rows, a checkpoint of an agent of images took 13.9 MiB, where it takes 0.1."""
     buffer = EpisodicRolloutBuffer(1_000, spaces.Box(0, 255, (1, 84, 84), dtype=np.uint8), spaces.Discrete(2))
     for age in range(3):
         buffer.add(np.full((1, 1, 84, 84), age, dtype=np.uint8), np.zeros(1), np.zeros(1), {})

@@ -330,10 +330,12 @@ gym.register("Mission-v0", Mission)
 """
 
 
-def test_a_text_among_the_observations_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["episodic_a2c", "episodic_a2c_lstm"])
+def test_a_text_among_the_observations_is_named(algorithm: str, tmp_path: Path) -> None:
     """As the missions of MiniGrid; SB3's vector environments fail on it without saying so."""
     (tmp_path / "mission.py").write_text(MISSION)
-    process = start("train", "--env", "Mission-v0", "--gym-packages", "mission", "-n", "100", *SHORT, cwd=tmp_path)
+    arguments = ("--algo", algorithm, "--env", "Mission-v0", "--gym-packages", "mission", "-n", "100")
+    process = start("train", *arguments, *SHORT, cwd=tmp_path)
     process.wait()
     output = process.stdout + process.stderr
     assert process.returncode != 0
