@@ -26,7 +26,7 @@ from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnvWrapper
 
 from sb3_episodic_a2c.episodic_a2c import EpisodicA2C
-from sb3_episodic_a2c.guards.arguments import is_integer
+from sb3_episodic_a2c.guards.arguments import check_positive
 from sb3_episodic_a2c.guards.files import atomic_write, with_suffix
 from sb3_episodic_a2c.guards.signals import uninterrupted
 from sb3_episodic_a2c.plain_mlp import unwrapped
@@ -289,8 +289,7 @@ class ResumableCheckpointCallback(BaseCallback):
     ) -> None:
         super().__init__(verbose)
         for name, value in {"save_freq": save_freq, "keep": keep}.items():
-            if not is_integer(value, 1):
-                raise ValueError(f"`{name}` is {value!r}. It must be an integer >= 1.")
+            check_positive(f"`{name}`", value)
         self.save_path = Path(save_path)
         self.save_freq = save_freq
         self.keep = keep

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -380,20 +380,12 @@ class GymnasiumVecEnv(VecEnv):
             values = [values] * self.num_envs
         return values if indices is None else [values[index] for index in self._get_indices(indices)]
 
-    def _sub_envs_at(self, indices: VecEnvIndices, what: str) -> list[gym.Env]:
-        if self._sub_envs is None:
-            self._raise_not_for_some(indices, what, self._layers[-1])
-        return [self._sub_envs[index] for index in self._get_indices(indices)]
-
     def _check_all(self, indices: VecEnvIndices, what: str, layer: Any) -> None:
         if indices is not None and len(list(self._get_indices(indices))) < self.num_envs:
-            self._raise_not_for_some(indices, what, layer)
-
-    def _raise_not_for_some(self, indices: VecEnvIndices, what: str, layer: Any) -> NoReturn:
-        raise ValueError(
-            f"`indices` is {indices}, but {what} can only be done for all environments of a {type(layer).__name__} at once: "
-            "pass indices=None, or do it in the environments of a SyncVectorEnv."
-        )
+            raise ValueError(
+                f"`indices` is {indices}, but {what} can only be done for all environments of a {type(layer).__name__} at "
+                "once: pass indices=None, or do it in the environments of a SyncVectorEnv."
+            )
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """
@@ -410,7 +402,7 @@ class GymnasiumVecEnv(VecEnv):
             return list(self._all_or_some(getattr(layer, attr_name), indices))
         if self._sub_envs is not None:
             # Not through `call`, which would call a method
-            return [sub_env.get_wrapper_attr(attr_name) for sub_env in self._sub_envs_at(indices, "this")]
+            return [sub_env.get_wrapper_attr(attr_name) for sub_env in self._all_or_some(self._sub_envs, indices)]
         self._check_has(attr_name)
         return list(self._all_or_some(self._layers[-1].call("get_wrapper_attr", attr_name), indices))
 
@@ -435,7 +427,7 @@ class GymnasiumVecEnv(VecEnv):
             setattr(owner, attr_name, value)
             return
         if self._sub_envs is not None:
-            for sub_env in self._sub_envs_at(indices, "this"):
+            for sub_env in self._all_or_some(self._sub_envs, indices):
                 sub_env.set_wrapper_attr(attr_name, value)
             return
         self._check_all(indices, "setting an attribute", self._layers[-1])
@@ -471,7 +463,7 @@ class GymnasiumVecEnv(VecEnv):
             return [True] * n_asked
         if self._sub_envs is None:
             return [False] * n_asked
-        return [is_wrapped(sub_env, wrapper_class) for sub_env in self._sub_envs_at(indices, "this")]
+        return [is_wrapped(sub_env, wrapper_class) for sub_env in self._all_or_some(self._sub_envs, indices)]
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         render: Any = self.env.render

@@ -30,6 +30,19 @@ def is_integer(value: Any, minimum: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
 
 
+def check_positive(name: str, value: Any, hint: str = "") -> int:
+    """
+    :param name: Name of the argument, for the message
+    :param value: An integer of Python's or NumPy's
+    :param hint: Appended to the message
+    :return: A Python integer
+    :raises ValueError: It is no integer, or smaller than 1
+    """
+    if not is_integer(value, 1):
+        raise ValueError(f"{name} is {value!r}. It must be an integer >= 1.{hint}")
+    return int(value)
+
+
 def check_unknown(arguments: Mapping[str, Any], algorithm: type[Any]) -> None:
     """
     Refuse arguments that ``learn`` does not have, as ``MaskablePPO.learn`` does with ``use_masking``.

@@ -9,8 +9,8 @@ from typing import Any
 import joblib
 from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
 
+from sb3_episodic_a2c.guards.arguments import check_positive
 from sb3_episodic_a2c.tools.comparison.cells import UNFINISHED_FOLDER, Cell, is_finished, remove_leftovers
-from sb3_episodic_a2c.tools.comparison.grid import check_positive
 from sb3_episodic_a2c.tools.comparison.progress import CellProgress
 from sb3_episodic_a2c.tools.comparison.training import train_cell
 from sb3_episodic_a2c.tools.extras import install

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sb3_episodic_a2c.guards.arguments import is_integer
+from sb3_episodic_a2c.guards.arguments import check_positive, is_integer
 from sb3_episodic_a2c.tools.comparison.cells import Cell
 from sb3_episodic_a2c.tools.comparison.hyperparams import check_algorithm, hyperparams_of, zoo_id
 from sb3_episodic_a2c.tools.entries import checked_env, import_packages
@@ -114,19 +114,6 @@ def _budgets(
 
 
 # ------------------------------------------------------------------ checks
-
-
-def check_positive(name: str, value: Any, hint: str = "") -> int:
-    """
-    :param name: Name of the argument, for the message
-    :param value: An integer of Python's or NumPy's
-    :param hint: Appended to the message
-    :return: A Python integer
-    :raises ValueError: It is no integer, or smaller than 1
-    """
-    if not is_integer(value, 1):
-        raise ValueError(f"{name} is {value!r}. It must be an integer >= 1.{hint}")
-    return int(value)
 
 
 def _check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
